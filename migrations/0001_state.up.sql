@@ -1,0 +1,69 @@
+-- The schema, the identity of the data set, and the one global order of changes.
+
+CREATE SCHEMA IF NOT EXISTS pgbroker;
+COMMENT ON SCHEMA pgbroker IS
+  'Identity state behind an access proxy: records, their change log, leases and services. '
+  'SELECT, INSERT, UPDATE and DELETE here are a supported interface; triggers tell every proxy.';
+
+-- Record versions: the position of a change in the one global order. Taken only under the order
+-- lock, so values become visible in ascending order; gaps are harmless.
+CREATE SEQUENCE pgbroker.record_version AS bigint;
+COMMENT ON SEQUENCE pgbroker.record_version IS
+  'Record versions. Taken only under the order lock (pgbroker.lock_order), by triggers.';
+
+CREATE FUNCTION pgbroker.random_server_version() RETURNS bigint
+  LANGUAGE sql VOLATILE
+  -- Positive, never 0 (0 tells clients to start over), and below 2^53 so that JSON carries it exactly.
+  RETURN 1 + floor(random() * 9007199254740990)::bigint;
+COMMENT ON FUNCTION pgbroker.random_server_version() IS
+  'A new server version: random, never 0, below 2^53.';
+
+CREATE FUNCTION pgbroker.current_timeline() RETURNS bigint
+  LANGUAGE sql VOLATILE
+  -- The WAL file name shows a promotion at once; pg_control_checkpoint() only after the next checkpoint.
+  RETURN ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::bigint;
+COMMENT ON FUNCTION pgbroker.current_timeline() IS
+  'Timeline that this server writes now; a promotion raises it. Fails on a standby.';
+
+CREATE FUNCTION pgbroker.current_system_identifier() RETURNS bigint
+  LANGUAGE sql VOLATILE
+  BEGIN ATOMIC
+    SELECT system_identifier FROM pg_control_system();
+  END;
+COMMENT ON FUNCTION pgbroker.current_system_identifier() IS
+  'Identity of this database cluster; a dump restored elsewhere lives in a cluster with another one.';
+
+CREATE TABLE pgbroker.state (
+  singleton         boolean PRIMARY KEY DEFAULT true CHECK (singleton),
+  server_version    bigint  NOT NULL CHECK (server_version > 0),
+  base_version      bigint  NOT NULL DEFAULT 0,
+  options_version   bigint  NOT NULL DEFAULT 1,
+  system_identifier bigint  NOT NULL,
+  timeline          bigint  NOT NULL
+);
+COMMENT ON TABLE  pgbroker.state IS 'One row: which data set this is and where its versions are issued.';
+COMMENT ON COLUMN pgbroker.state.singleton IS 'Always true: there is one row.';
+COMMENT ON COLUMN pgbroker.state.server_version IS 'Identity of the data set; changes only when clients must forget everything.';
+COMMENT ON COLUMN pgbroker.state.base_version IS 'Latest record version when the change log was last emptied; 0 if never.';
+COMMENT ON COLUMN pgbroker.state.options_version IS 'Raised by every change of a record type''s options, so that replicas reload them.';
+COMMENT ON COLUMN pgbroker.state.system_identifier IS 'Cluster that issued the latest versions (pg_control_system).';
+COMMENT ON COLUMN pgbroker.state.timeline IS 'Timeline on which the latest versions were issued.';
+
+CREATE TABLE pgbroker.epochs (
+  first_version     bigint      PRIMARY KEY,
+  last_version      bigint      NOT NULL,
+  system_identifier bigint      NOT NULL,
+  timeline          bigint      NOT NULL,
+  started_at        timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+COMMENT ON TABLE  pgbroker.epochs IS
+  'A row for each promotion, restore or move of the database. Versions above last_version and below first_version '
+  'were issued, if at all, by a server whose later writes are lost: a client that saw one starts over.';
+COMMENT ON COLUMN pgbroker.epochs.first_version IS 'Versions of this epoch start here (a multiple of 2^32).';
+COMMENT ON COLUMN pgbroker.epochs.last_version IS 'Latest version of the epoch before that survived.';
+COMMENT ON COLUMN pgbroker.epochs.system_identifier IS 'Cluster of this epoch.';
+COMMENT ON COLUMN pgbroker.epochs.timeline IS 'Timeline of this epoch.';
+COMMENT ON COLUMN pgbroker.epochs.started_at IS 'When the new server was first noticed.';
+
+INSERT INTO pgbroker.state (server_version, system_identifier, timeline)
+  VALUES (pgbroker.random_server_version(), pgbroker.current_system_identifier(), pgbroker.current_timeline());

@@ -1,0 +1,1 @@
+DROP FUNCTION pgbroker.write_records(text[], text[], boolean[], bytea[], text[], text[], text[], integer[], bigint[]);

@@ -1,0 +1,55 @@
+-- name: ChangesAfter :many
+-- What follows a version in the change log, of one type or ('') of all: up to max_rows changes and, after
+-- the first, up to max_bytes of payload. At least one row, without a change (version 0) if nothing follows.
+-- latest_version is the end of the log in the same snapshot; purged_version the highest tombstone that is
+-- missing from it: a reader below that may have missed a deletion. lost says that a failover or restore has
+-- undone the version read from.
+SELECT s.server_version, s.options_version, pgbroker.latest_version()::bigint AS latest_version,
+       coalesce(g.purged_version, 0)::bigint AS purged_version,
+       EXISTS (SELECT FROM pgbroker.epochs e WHERE e.last_version < @after AND @after < e.first_version)::boolean AS lost,
+       coalesce(c.version, 0)::bigint AS version, coalesce(c.type, '')::text AS type, coalesce(c.id, '')::text AS id,
+       coalesce(c.changed_at, 'epoch')::timestamptz AS changed_at, coalesce(c.deleted, false)::boolean AS deleted, c.payload
+FROM pgbroker.state s
+CROSS JOIN (
+  SELECT max(t.purged_version) AS purged_version FROM pgbroker.record_types t
+  WHERE @type::text = '' OR t.type = @type::text
+) g
+LEFT JOIN (
+  SELECT p.*, sum(coalesce(octet_length(p.payload), 0)) OVER (ORDER BY p.version) - coalesce(octet_length(p.payload), 0) AS bytes_before
+  FROM (
+    SELECT l.version, l.type, l.id, l.changed_at, l.deleted, r.payload
+    FROM (
+      SELECT * FROM pgbroker.changes
+      WHERE changes.version > @after AND (@type::text = '' OR changes.type = @type::text)
+      ORDER BY changes.version LIMIT @max_rows
+    ) l
+    -- The fence keeps the planner from joining the whole table for a page.
+    LEFT JOIN LATERAL (
+      SELECT payload FROM pgbroker.records
+      WHERE records.type = l.type AND records.id = l.id AND records.version = l.version OFFSET 0
+    ) r ON true
+  ) p
+) c ON c.bytes_before < @max_bytes::bigint
+ORDER BY c.version;
+
+-- name: ChangesPurgeTombstones :one
+-- Removes tombstones past their retention, the oldest first, but never the newest change: it holds the
+-- latest version. Notes per type how far, so that a stream that might have missed one starts over.
+WITH oldest AS (
+  SELECT c.version, c.changed_at FROM pgbroker.changes c
+  WHERE c.deleted AND c.version < pgbroker.latest_version()
+  ORDER BY c.version LIMIT @max_rows
+),
+purged AS (
+  DELETE FROM pgbroker.changes c
+  USING oldest o
+  WHERE c.version = o.version AND o.changed_at < clock_timestamp() - @retention::interval
+  RETURNING c.type, c.version
+),
+noted AS (
+  UPDATE pgbroker.record_types t
+  SET purged_version = greatest(t.purged_version, p.version)
+  FROM (SELECT type, max(version) AS version FROM purged GROUP BY type) p
+  WHERE t.type = p.type
+)
+SELECT count(*) FROM purged;

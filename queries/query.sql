@@ -1,0 +1,120 @@
+-- Queries: each is one statement, so that versions, count and page belong to one snapshot, and returns
+-- at least one row: without a record (version 0) if the page is empty.
+--
+-- A filter is a jsonpath predicate over the projection, with the record's id, type and prefix as
+-- variables. Matching keys are collected and counted before any payload is read.
+
+-- name: QueryAll :many
+-- Every record of a type, or of all types; counted without a scan.
+SELECT s.server_version, pgbroker.latest_version()::bigint AS record_version, n.total_count,
+       coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
+       coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
+FROM pgbroker.state s
+CROSS JOIN (
+  SELECT coalesce(sum(t.record_count), 0)::bigint AS total_count FROM pgbroker.record_types t
+) n
+LEFT JOIN (
+  SELECT * FROM pgbroker.records ORDER BY records.type, records.id OFFSET @skip::bigint LIMIT @max_rows::bigint
+) r ON true
+ORDER BY r.type, r.id;
+
+-- name: QueryType :many
+SELECT s.server_version, pgbroker.latest_version()::bigint AS record_version, n.total_count,
+       coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
+       coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
+FROM pgbroker.state s
+CROSS JOIN (
+  SELECT coalesce(sum(t.record_count), 0)::bigint AS total_count FROM pgbroker.record_types t WHERE t.type = @type
+) n
+LEFT JOIN (
+  SELECT * FROM pgbroker.records WHERE records.type = @type ORDER BY records.id OFFSET @skip::bigint LIMIT @max_rows::bigint
+) r ON true
+ORDER BY r.id;
+
+-- name: QueryID :many
+-- The record of a type and id: what a proxy asks for on each request.
+SELECT s.server_version, pgbroker.latest_version()::bigint AS record_version,
+       count(r.version) OVER () AS total_count,
+       coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
+       coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
+FROM pgbroker.state s
+LEFT JOIN pgbroker.records r ON r.type = @type AND r.id = @id;
+
+-- name: QueryKeys :many
+-- Records with one of the given ids, or whose prefix is the longest that contains one of the given
+-- addresses.
+WITH candidates AS (
+  SELECT r.type, r.id
+  FROM pgbroker.record_types t
+  JOIN pgbroker.records r ON r.type = t.type AND r.id = ANY (@ids::text[])
+  WHERE @type::text = '' OR t.type = @type::text
+  UNION
+  SELECT r.type, r.id
+  FROM unnest(@addresses::text[]) AS a (address)
+  JOIN pgbroker.records r ON r.index_cidr = (
+    SELECT l.index_cidr FROM pgbroker.records l
+    WHERE (@type::text = '' OR l.type = @type::text) AND l.index_cidr >>= a.address::inet
+    ORDER BY masklen(l.index_cidr) DESC LIMIT 1)
+  WHERE @type::text = '' OR r.type = @type::text
+),
+matched AS MATERIALIZED (
+  SELECT r.type, r.id
+  FROM candidates
+  JOIN pgbroker.records r USING (type, id)
+  WHERE (@filter::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), nullif(@filter::text, '')::jsonpath,
+           jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text), true))
+    AND (@search::text = '' OR strpos(r.search_text, @search::text) > 0)
+)
+SELECT s.server_version, pgbroker.latest_version()::bigint AS record_version, n.total_count,
+       coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
+       coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
+FROM pgbroker.state s
+CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
+LEFT JOIN (
+  SELECT p.* FROM (SELECT * FROM matched ORDER BY matched.type, matched.id OFFSET @skip::bigint LIMIT @max_rows::bigint) m
+  JOIN pgbroker.records p USING (type, id)
+) r ON true
+ORDER BY r.type, r.id;
+
+-- name: QueryField :many
+-- Records of which an indexed field has one of the given values: terms are objects {field: value}.
+WITH matched AS MATERIALIZED (
+  SELECT r.type, r.id
+  FROM pgbroker.records r
+  WHERE r.index_fields @> ANY ((@terms::text[])::jsonb[])
+    AND r.type = @type
+    AND (@filter::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), nullif(@filter::text, '')::jsonpath,
+           jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text), true))
+    AND (@search::text = '' OR strpos(r.search_text, @search::text) > 0)
+)
+SELECT s.server_version, pgbroker.latest_version()::bigint AS record_version, n.total_count,
+       coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
+       coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
+FROM pgbroker.state s
+CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
+LEFT JOIN (
+  SELECT p.* FROM (SELECT * FROM matched ORDER BY matched.type, matched.id OFFSET @skip::bigint LIMIT @max_rows::bigint) m
+  JOIN pgbroker.records p USING (type, id)
+) r ON true
+ORDER BY r.type, r.id;
+
+-- name: QueryScan :many
+-- Records that match a filter or a text, found by reading every record of the type, or of all types.
+WITH matched AS MATERIALIZED (
+  SELECT r.type, r.id
+  FROM pgbroker.records r
+  WHERE (@type::text = '' OR r.type = @type::text)
+    AND (@filter::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), nullif(@filter::text, '')::jsonpath,
+           jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text), true))
+    AND (@search::text = '' OR strpos(r.search_text, @search::text) > 0)
+)
+SELECT s.server_version, pgbroker.latest_version()::bigint AS record_version, n.total_count,
+       coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
+       coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
+FROM pgbroker.state s
+CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
+LEFT JOIN (
+  SELECT p.* FROM (SELECT * FROM matched ORDER BY matched.type, matched.id OFFSET @skip::bigint LIMIT @max_rows::bigint) m
+  JOIN pgbroker.records p USING (type, id)
+) r ON true
+ORDER BY r.type, r.id;

@@ -1,0 +1,17 @@
+-- name: ServicesReport :exec
+INSERT INTO pgbroker.services (kind, endpoint, expires_at)
+SELECT DISTINCT r.kind, r.endpoint, clock_timestamp() + @ttl::interval
+FROM ROWS FROM (unnest(@kinds::integer[]), unnest(@endpoints::text[])) AS r (kind, endpoint)
+ORDER BY r.kind, r.endpoint
+ON CONFLICT (kind, endpoint) DO UPDATE
+  SET reported_at = excluded.reported_at, expires_at = excluded.expires_at;
+
+-- name: ServicesList :many
+-- Live services, and how long each stays unless reported again.
+SELECT kind, endpoint, (expires_at - clock_timestamp())::interval AS remaining
+FROM pgbroker.services
+WHERE expires_at > clock_timestamp()
+ORDER BY kind, endpoint;
+
+-- name: ServicesPurge :execrows
+DELETE FROM pgbroker.services WHERE expires_at <= clock_timestamp();

@@ -1,0 +1,26 @@
+-- name: StateGet :one
+SELECT s.server_version, s.options_version, pgbroker.latest_version()::bigint AS latest_version,
+       coalesce((SELECT min(c.version) FROM pgbroker.changes c), 0)::bigint AS earliest_version
+FROM pgbroker.state s;
+
+-- name: StateEnterEpoch :exec
+-- Begins an epoch if the server or its timeline has changed since the last write.
+SELECT pgbroker.lock_order();
+
+-- name: StateReplaceServerVersion :one
+-- Makes every client forget everything, unless somebody else has already seen to that: then the result is 0.
+WITH replaced AS (
+  UPDATE pgbroker.state SET server_version = pgbroker.random_server_version()
+  WHERE server_version = @server_version
+  RETURNING server_version
+)
+SELECT count(pg_notify('pgbroker_changes', '')) FROM replaced;
+
+-- name: StreamCheck :one
+-- Whether a stream may resume at a version: what it must compare.
+SELECT s.server_version,
+       coalesce((SELECT max(t.purged_version) FROM pgbroker.record_types t
+                 WHERE @type::text = '' OR t.type = @type::text), 0)::bigint AS purged_version,
+       EXISTS (SELECT FROM pgbroker.epochs e
+               WHERE e.last_version < @version::bigint AND @version::bigint < e.first_version)::boolean AS lost
+FROM pgbroker.state s;
