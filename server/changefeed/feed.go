@@ -1,0 +1,370 @@
+// Package changefeed delivers the change log of the database to any number of streams at the cost of one.
+//
+// A replica has one [Feed]. Its listener keeps one connection on which Postgres says that something has
+// changed; its tailer then reads what follows its head, once for all streams, and publishes it in a
+// bounded ring of recent changes. A stream is a [Cursor] that pulls: inside the ring it reads memory,
+// behind the ring it reads the table in pages. Nothing is queued per stream and nothing is dropped.
+//
+// A notification is only a wake-up and the table is the truth: lost, merged, early or spurious wake-ups
+// cost latency, never a change, because the tailer also looks on a slow tick and after each reconnect.
+package changefeed
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"golang.org/x/sync/errgroup"
+
+	"pgbroker/db"
+)
+
+// Channels on which the database notifies.
+const (
+	channelChanges  = "pgbroker_changes"
+	channelServices = "pgbroker_services"
+)
+
+// Reasons for which a stream must start over. They arise in [Feed.Open] and in [Cursor.Next].
+var (
+	// ErrDataSetChanged: the server version is another one than the stream's; all it knows is void.
+	ErrDataSetChanged = errors.New("the data set has been replaced")
+	// ErrPurged: tombstones that the stream has not seen have passed their retention.
+	ErrPurged = errors.New("changes after the record version have been purged")
+	// ErrLost: the stream has seen changes that a failover or restore has undone.
+	ErrLost = errors.New("the record version has been lost in a failover")
+)
+
+// ErrStopped is what cursors get when the feed has stopped.
+var ErrStopped = errors.New("the change feed has stopped")
+
+// Config of a Feed. All fields without a stated default are required.
+type Config struct {
+	// Queries reads the database.
+	Queries *db.Queries
+	// Listen opens the connection that listens for notifications.
+	Listen func(context.Context) (*pgx.Conn, error)
+	// Encode turns a change into the bytes that every stream sends. It is called once for each change
+	// in the ring, and once for each change that a stream behind the ring reads.
+	Encode func(*db.ChangesAfterRow) []byte
+	// OnServices is called when the set of registered services may have changed, from the listener's
+	// goroutine; it must not block. Nil is allowed.
+	OnServices func()
+	// RingBytes bounds the recent changes kept in memory; 0 means 64 MiB.
+	RingBytes int
+	// PollInterval is how often the tailer looks unasked; 0 means 2 s.
+	PollInterval time.Duration
+	// Logger takes what operators should know; nil means slog.Default.
+	Logger *slog.Logger
+}
+
+// Change is one change, ready to send. It is shared by all streams and must not be modified.
+type Change struct {
+	Version int64
+	Type    string
+	// Message is the change as Config.Encode has made it.
+	Message []byte
+}
+
+// changeOverhead is what a change costs in memory beside its message.
+const changeOverhead = 96
+
+// Options are the options of all record types at one time. They must not be modified.
+type Options struct {
+	version int64
+	// Types has a row for every record type, by type.
+	Types map[string]db.OptionsListRow
+}
+
+// Feed is a replica's ordered source of changes.
+type Feed struct {
+	config   Config
+	logger   *slog.Logger
+	listener *listener
+	wake     chan struct{}
+	catchUp  chan struct{} // bounds the streams that read the table at the same time
+	view     atomic.Pointer[view]
+	stats    stats
+}
+
+// view is what cursors see: an immutable snapshot, replaced as a whole by the tailer.
+type view struct {
+	serverVersion int64 // 0 until the database has been read for the first time
+	options       *Options
+	base, head    int64     // the ring holds every change in (base, head]
+	ring          []*Change // ascending by version
+	ringBytes     int
+	err           error         // why the latest read of the database failed; nil if it succeeded
+	replaced      chan struct{} // closed when a newer view is there
+	stopped       bool
+}
+
+// New returns a feed that does nothing until Run.
+func New(config Config) *Feed {
+	config.RingBytes = cmp.Or(config.RingBytes, 64<<20)
+	config.PollInterval = cmp.Or(config.PollInterval, 2*time.Second)
+	config.Logger = cmp.Or(config.Logger, slog.Default())
+	f := &Feed{
+		config:  config,
+		logger:  config.Logger,
+		wake:    make(chan struct{}, 1),
+		catchUp: make(chan struct{}, 4),
+	}
+	f.listener = &listener{
+		connect: config.Listen,
+		logger:  config.Logger,
+		stats:   &f.stats,
+		wake: map[string]func(){
+			channelChanges:  f.Wake,
+			channelServices: config.OnServices,
+		},
+	}
+	f.view.Store(&view{err: errors.New("the database has not been read yet"), replaced: make(chan struct{})})
+	return f
+}
+
+// Run feeds the cursors until ctx ends. It never fails: while the database is away it keeps trying, and
+// cursors wait.
+func (f *Feed) Run(ctx context.Context) error {
+	var group errgroup.Group
+	group.Go(func() error { f.listener.run(ctx); return nil })
+	group.Go(func() error { f.tail(ctx); return nil })
+	err := group.Wait()
+	f.publish(func(v *view) { v.stopped = true })
+	return err
+}
+
+// Wake makes the tailer look for changes now.
+func (f *Feed) Wake() {
+	select {
+	case f.wake <- struct{}{}:
+	default: // a look is due already
+	}
+}
+
+// Err says why the latest read of the database failed; nil if it succeeded.
+func (f *Feed) Err() error { return f.view.Load().err }
+
+// Options returns the options of all record types as last read. Nil before the first read.
+func (f *Feed) Options() *Options { return f.view.Load().options }
+
+// Watch returns a channel that is closed at the next event of any kind: changes, options, failure,
+// recovery.
+func (f *Feed) Watch() <-chan struct{} { return f.view.Load().replaced }
+
+// publish replaces the view by a changed copy and wakes everybody who waits for one. Only the tailer's
+// goroutine, and Run after it, may call it.
+func (f *Feed) publish(change func(*view)) {
+	old := f.view.Load()
+	next := *old
+	next.replaced = make(chan struct{})
+	change(&next)
+	f.view.Store(&next)
+	close(old.replaced)
+}
+
+// Cursor is a reader's place in the feed. It is not safe for concurrent use.
+type Cursor struct {
+	feed          *Feed
+	recordType    string
+	serverVersion int64
+	version       int64 // everything up to here has been delivered, or is of another type
+	options       *Options
+}
+
+// Open returns a cursor for the changes of a type, or of all types if it is "", after a version. It fails
+// with one of the reasons to start over if not all of those changes are there.
+func (f *Feed) Open(ctx context.Context, serverVersion, version int64, recordType string) (*Cursor, error) {
+	if err := f.awaitDataSet(ctx, serverVersion); err != nil {
+		return nil, err
+	}
+	check, err := f.config.Queries.StreamCheck(ctx, db.StreamCheckParams{Type: recordType, Version: version})
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("check the stream's versions: %w", err)
+	case check.ServerVersion != serverVersion:
+		return nil, ErrDataSetChanged
+	case check.Lost:
+		return nil, ErrLost
+	case check.PurgedVersion > version:
+		return nil, ErrPurged
+	}
+	if version > f.view.Load().head {
+		f.Wake() // the client comes from a faster replica
+	}
+	return &Cursor{feed: f, recordType: recordType, serverVersion: serverVersion, version: version}, nil
+}
+
+// awaitDataSet waits until the feed follows the data set of a server version, and fails with
+// ErrDataSetChanged if the database has another one: this replica or the client may be the one that has
+// not heard of a change yet.
+func (f *Feed) awaitDataSet(ctx context.Context, serverVersion int64) error {
+	for {
+		v := f.view.Load()
+		switch {
+		case v.stopped:
+			return ErrStopped
+		case v.serverVersion == serverVersion && serverVersion != 0:
+			return nil
+		}
+		state, err := f.config.Queries.StateGet(ctx)
+		if err != nil {
+			return fmt.Errorf("read the server version: %w", err)
+		}
+		if state.ServerVersion != serverVersion {
+			return ErrDataSetChanged
+		}
+		f.Wake()
+		select {
+		case <-v.replaced:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// Bounds of what one call of Next returns, so that a stream that stops reading holds little.
+const (
+	maxNextChanges = 256
+	maxNextBytes   = 256 << 10
+)
+
+// Event is what Next returns: changes, options, or both.
+type Event struct {
+	// Changes in ascending order of version; each after the ones before.
+	Changes []*Change
+	// Options are set when they may have changed since the cursor's last event, and on its first.
+	Options *Options
+}
+
+// retryTime is how long a waiting cursor leaves the table alone after a failed read.
+const retryTime = time.Second
+
+// Next returns what follows. With wait it blocks until there is something, whatever the state of the
+// database; without, it returns an empty event when the cursor has reached the end of the change log. It
+// fails with ctx's error, with a reason to start over, with ErrStopped or, without wait, with an error of
+// the database.
+func (c *Cursor) Next(ctx context.Context, wait bool) (Event, error) {
+	for {
+		v := c.feed.view.Load()
+		switch {
+		case v.stopped:
+			return Event{}, ErrStopped
+		case v.serverVersion != c.serverVersion:
+			return Event{}, ErrDataSetChanged
+		}
+		var event Event
+		if v.options != c.options {
+			c.options = v.options
+			event.Options = v.options
+		}
+		var retry <-chan time.Time
+		end := false
+		switch {
+		case c.version >= v.base && c.version < v.head:
+			event.Changes = c.readRing(v)
+		case c.version < v.base || !wait: // the table also knows what the ring has not heard of yet
+			var err error
+			event.Changes, end, err = c.readTable(ctx)
+			if err != nil {
+				if isReset(err) || ctx.Err() != nil || !wait {
+					return Event{}, err
+				}
+				retry, end = time.After(retryTime), true
+			}
+		default:
+			end = true
+		}
+		switch {
+		case len(event.Changes) > 0 || event.Options != nil || end && !wait:
+			return event, nil
+		case !end:
+			continue // passed changes of other types; there is more
+		}
+		select {
+		case <-v.replaced:
+		case <-retry:
+		case <-ctx.Done():
+			return Event{}, ctx.Err()
+		}
+	}
+}
+
+// readRing returns the next changes from a view whose ring covers the cursor.
+func (c *Cursor) readRing(v *view) []*Change {
+	i, _ := slices.BinarySearchFunc(v.ring, c.version, func(change *Change, version int64) int {
+		if change.Version <= version {
+			return -1
+		}
+		return 1
+	})
+	var changes []*Change
+	bytes := 0
+	for ; i < len(v.ring); i++ {
+		change := v.ring[i]
+		if c.recordType == "" || c.recordType == change.Type {
+			if len(changes) == maxNextChanges || bytes > maxNextBytes {
+				return changes
+			}
+			changes = append(changes, change)
+			bytes += len(change.Message)
+		}
+		c.version = change.Version
+	}
+	c.version = v.head
+	return changes
+}
+
+// readTable returns the next changes from the table, and whether those were the last ones.
+func (c *Cursor) readTable(ctx context.Context) (changes []*Change, end bool, err error) {
+	select {
+	case c.feed.catchUp <- struct{}{}:
+		defer func() { <-c.feed.catchUp }()
+	case <-ctx.Done():
+		return nil, false, ctx.Err()
+	}
+	rows, err := c.feed.config.Queries.ChangesAfter(ctx, db.ChangesAfterParams{
+		Type: c.recordType, After: c.version, MaxRows: maxNextChanges, MaxBytes: maxNextBytes,
+	})
+	if err != nil {
+		return nil, false, fmt.Errorf("read changes: %w", err)
+	}
+	c.feed.stats.tableReads.Add(1)
+	first := &rows[0]
+	switch {
+	case first.ServerVersion != c.serverVersion:
+		return nil, false, ErrDataSetChanged
+	case first.Lost:
+		return nil, false, ErrLost
+	case first.PurgedVersion > c.version:
+		return nil, false, ErrPurged
+	case first.Version == 0:
+		// Nothing follows. A version above the latest is a client's that comes from a faster replica.
+		c.version = max(c.version, first.LatestVersion)
+		return nil, true, nil
+	}
+	changes = make([]*Change, len(rows))
+	for i := range rows {
+		changes[i] = c.feed.newChange(&rows[i])
+	}
+	c.version = changes[len(changes)-1].Version
+	return changes, false, nil
+}
+
+func (f *Feed) newChange(row *db.ChangesAfterRow) *Change {
+	return &Change{Version: row.Version, Type: row.Type, Message: f.config.Encode(row)}
+}
+
+func isReset(err error) bool {
+	return errors.Is(err, ErrDataSetChanged) || errors.Is(err, ErrPurged) || errors.Is(err, ErrLost)
+}
+
+// afterAll is above every version.
+const afterAll = math.MaxInt64

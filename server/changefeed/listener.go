@@ -1,0 +1,129 @@
+package changefeed
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+)
+
+const (
+	// quietTime is how long the listener hears nothing before it asks whether the connection is alive.
+	quietTime = 10 * time.Second
+	// answerTime is how long it then waits: a half-open connection looks healthy for ever.
+	answerTime = 5 * time.Second
+)
+
+// listener owns the one connection of a replica on which the database notifies.
+type listener struct {
+	connect func(context.Context) (*pgx.Conn, error)
+	wake    map[string]func() // by channel; nil entries are not listened to
+	logger  *slog.Logger
+	stats   *stats
+}
+
+// run listens until ctx ends, and reconnects as often as it takes.
+func (l *listener) run(ctx context.Context) {
+	delay := backoff.NewExponentialBackOff()
+	delay.InitialInterval = 50 * time.Millisecond
+	delay.MaxInterval = 5 * time.Second
+	for ctx.Err() == nil {
+		connected, err := l.listen(ctx)
+		l.stats.listening.Store(false)
+		if ctx.Err() != nil {
+			return
+		}
+		if connected {
+			delay.Reset()
+		}
+		wait := delay.NextBackOff()
+		l.logger.WarnContext(ctx, "not listening for notifications; changes are found by polling",
+			"error", err, "retry_in", wait)
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// listen is the life of one connection. It returns why that ended, and whether it had begun.
+func (l *listener) listen(ctx context.Context) (connected bool, err error) {
+	conn, err := l.connect(ctx)
+	if err != nil {
+		return false, fmt.Errorf("connect: %w", err)
+	}
+	defer func() {
+		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+		defer cancel()
+		_ = conn.Close(closing) // whatever state it is in, it is not used again
+	}()
+	for channel, wake := range l.wake {
+		if wake == nil {
+			continue
+		}
+		if _, err := conn.Exec(ctx, "LISTEN "+pgx.Identifier{channel}.Sanitize()); err != nil {
+			return false, fmt.Errorf("listen: %w", err)
+		}
+	}
+	if err := l.selfTest(ctx, conn); err != nil {
+		return false, err
+	}
+	l.stats.connects.Add(1)
+	l.stats.listening.Store(true)
+	// What was announced before we listened is in the tables.
+	for _, wake := range l.wake {
+		if wake != nil {
+			wake()
+		}
+	}
+	for {
+		notification, err := l.waitFor(ctx, conn)
+		if err != nil {
+			return true, err
+		}
+		if wake := l.wake[notification.Channel]; wake != nil {
+			wake()
+		}
+	}
+}
+
+// selfTest checks that a notification arrives at all: behind a pooler in transaction mode LISTEN succeeds
+// and nothing ever comes.
+func (l *listener) selfTest(ctx context.Context, conn *pgx.Conn) error {
+	testing, cancel := context.WithTimeout(ctx, answerTime)
+	defer cancel()
+	if _, err := conn.Exec(testing, "NOTIFY "+pgx.Identifier{channelServices}.Sanitize()+", 'test'"); err != nil {
+		return fmt.Errorf("notify myself: %w", err)
+	}
+	if _, err := conn.WaitForNotification(testing); err != nil {
+		return fmt.Errorf("no notification arrives on this connection (a pooler in transaction mode cannot carry LISTEN: "+
+			"give the listener its own connection string): %w", err)
+	}
+	return nil
+}
+
+// waitFor waits for a notification, and makes sure now and then that one could still arrive.
+func (l *listener) waitFor(ctx context.Context, conn *pgx.Conn) (*pgconn.Notification, error) {
+	for {
+		quiet, cancel := context.WithTimeout(ctx, quietTime)
+		notification, err := conn.WaitForNotification(quiet)
+		cancel()
+		if err == nil {
+			return notification, nil
+		}
+		if !errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil {
+			return nil, fmt.Errorf("wait for notifications: %w", err)
+		}
+		answer, cancel := context.WithTimeout(ctx, answerTime)
+		err = conn.Ping(answer)
+		cancel()
+		if err != nil {
+			return nil, fmt.Errorf("ping: %w", err)
+		}
+	}
+}

@@ -1,0 +1,157 @@
+package changefeed
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"pgbroker/db"
+)
+
+// Bounds of one read of the tailer.
+const (
+	tailRows  = 2000
+	tailBytes = 4 << 20
+)
+
+// tail publishes what is new at each wake-up and on a slow tick, until ctx ends.
+func (f *Feed) tail(ctx context.Context) {
+	tick := time.NewTicker(f.config.PollInterval)
+	defer tick.Stop()
+	asked := true
+	for {
+		found, err := f.readNew(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		f.noteRead(ctx, err)
+		if found > 0 && !asked && f.stats.listening.Load() {
+			f.stats.unannounced.Add(1)
+		}
+		if err == nil && found >= tailRows {
+			continue // there is more
+		}
+		select {
+		case <-f.wake:
+			asked = true
+		case <-tick.C:
+			asked = false
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// noteRead publishes the transition between reading and failing.
+func (f *Feed) noteRead(ctx context.Context, err error) {
+	before := f.view.Load().err
+	switch {
+	case err != nil && before == nil:
+		f.logger.WarnContext(ctx, "cannot read changes; streams wait", "error", err)
+	case err == nil && before != nil:
+		// The server may be another one than before: begin its epoch now, not at the next write, so that
+		// streams which have seen what it lacks are told.
+		if err = f.config.Queries.StateEnterEpoch(ctx); err != nil {
+			f.logger.WarnContext(ctx, "cannot begin the server's epoch", "error", err)
+			return
+		}
+		f.logger.InfoContext(ctx, "reading changes", "version", f.view.Load().head)
+	default:
+		return
+	}
+	f.publish(func(v *view) { v.err = err })
+}
+
+// readNew reads what follows the head, publishes it and says how many changes that were.
+func (f *Feed) readNew(ctx context.Context) (int, error) {
+	v := f.view.Load()
+	after := v.head
+	if v.serverVersion == 0 {
+		after = afterAll // the first time only the end is of interest
+	}
+	rows, err := f.config.Queries.ChangesAfter(ctx, db.ChangesAfterParams{
+		After: after, MaxRows: tailRows, MaxBytes: tailBytes,
+	})
+	if err != nil {
+		return 0, err
+	}
+	f.stats.tailReads.Add(1)
+	first := &rows[0]
+	options := v.options
+	if options == nil || options.version != first.OptionsVersion {
+		if options, err = f.readOptions(ctx, first.OptionsVersion); err != nil {
+			return 0, err
+		}
+	}
+	switch {
+	case v.serverVersion != first.ServerVersion:
+		f.restart(options, first)
+		return 0, nil
+	case first.Lost || first.LatestVersion < v.head:
+		return 0, f.forgetLost(ctx, v, first)
+	case first.Version == 0:
+		if options != v.options {
+			f.publish(func(v *view) { v.options = options })
+		}
+		return 0, nil
+	}
+	f.append(options, rows)
+	return len(rows), nil
+}
+
+// restart publishes an empty ring at the end of the log.
+func (f *Feed) restart(options *Options, at *db.ChangesAfterRow) {
+	f.publish(func(v *view) {
+		v.serverVersion = at.ServerVersion
+		v.options = options
+		v.base, v.head = at.LatestVersion, at.LatestVersion
+		v.ring, v.ringBytes = nil, 0
+	})
+}
+
+// forgetLost gives the data set a new server version, because clients of this replica have seen changes
+// that the database no longer has, and may have cached what they saw.
+func (f *Feed) forgetLost(ctx context.Context, v *view, found *db.ChangesAfterRow) error {
+	f.logger.ErrorContext(ctx, "the database has lost changes that clients have seen; they start over",
+		"seen_version", v.head, "latest_version", found.LatestVersion)
+	if _, err := f.config.Queries.StateReplaceServerVersion(ctx, v.serverVersion); err != nil {
+		return fmt.Errorf("replace the server version: %w", err)
+	}
+	f.Wake()
+	return nil
+}
+
+// append publishes new changes and lets go of the oldest ones.
+func (f *Feed) append(options *Options, rows []db.ChangesAfterRow) {
+	old := f.view.Load()
+	ring, bytes, base := old.ring, old.ringBytes, old.base
+	for i := range rows {
+		change := f.newChange(&rows[i])
+		ring = append(ring, change)
+		bytes += len(change.Message) + changeOverhead
+	}
+	// Older views share the array and read on undisturbed: appending writes behind their end, and what is
+	// let go at the front is left behind when append next moves to a new array.
+	for len(ring) > 1 && bytes > f.config.RingBytes {
+		bytes -= len(ring[0].Message) + changeOverhead
+		base = ring[0].Version
+		ring = ring[1:]
+	}
+	f.publish(func(v *view) {
+		v.options = options
+		v.ring, v.ringBytes, v.base = ring, bytes, base
+		v.head = rows[len(rows)-1].Version
+	})
+}
+
+func (f *Feed) readOptions(ctx context.Context, version int64) (*Options, error) {
+	rows, err := f.config.Queries.OptionsList(ctx)
+	if err != nil {
+		return nil, err
+	}
+	options := &Options{version: version, Types: make(map[string]db.OptionsListRow, len(rows))}
+	for _, row := range rows {
+		options.Types[row.Type] = row
+	}
+	return options, nil
+}

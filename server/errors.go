@@ -1,0 +1,93 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"pgbroker/db"
+	"pgbroker/server/changefeed"
+	"pgbroker/server/combiner"
+	"pgbroker/server/filter"
+	"pgbroker/server/projection"
+)
+
+// What handlers fail with, beside the errors of the packages they use.
+var (
+	errRecordNotFound  = errors.New("record not found")
+	errOptionsNotFound = errors.New("no options are set for this record type")
+	errLeaseTaken      = errors.New("lease is already taken")
+	errLeaseLost       = errors.New("lease no longer held")
+	errOverloaded      = errors.New("the server is overloaded: too many writes are waiting")
+	errStopping        = errors.New("the server is shutting down")
+)
+
+// invalidError is a request that names something impossible.
+type invalidError struct{ message string }
+
+func (e invalidError) Error() string { return e.message }
+
+// invalid returns the error of a request whose field is not acceptable; the rest says what would be.
+func invalid(field, format string, args ...any) error {
+	return invalidError{field + ": " + fmt.Sprintf(format, args...)}
+}
+
+// SQLSTATE codes that mean something to callers. Source: PostgreSQL documentation, appendix A.
+const (
+	sqlQueryCanceled    = "57014" // statement_timeout
+	sqlLockNotAvailable = "55P03" // lock_timeout
+)
+
+// toStatus is the one table from errors to status codes. What a caller cannot act upon is logged and
+// hidden: a database error may quote data.
+func toStatus(ctx context.Context, logger *slog.Logger, method string, err error) error {
+	if err == nil {
+		return nil
+	}
+	if _, ok := status.FromError(err); ok {
+		return err
+	}
+	var invalid invalidError
+	var pgErr *pgconn.PgError
+	switch {
+	case errors.As(err, &invalid), errors.Is(err, filter.ErrInvalid), errors.Is(err, projection.ErrInvalidPatch):
+		return status.Error(codes.InvalidArgument, err.Error())
+	case errors.Is(err, filter.ErrUnsupported):
+		return status.Error(codes.Unimplemented, err.Error())
+	case errors.Is(err, errRecordNotFound), errors.Is(err, errOptionsNotFound):
+		return status.Error(codes.NotFound, err.Error())
+	case errors.Is(err, errLeaseTaken), errors.Is(err, errLeaseLost):
+		return status.Error(codes.AlreadyExists, err.Error())
+	case errors.Is(err, changefeed.ErrDataSetChanged):
+		return status.Error(codes.Aborted, "invalid server version")
+	case errors.Is(err, changefeed.ErrPurged), errors.Is(err, changefeed.ErrLost):
+		return status.Error(codes.Aborted, "invalid record version")
+	case errors.Is(err, combiner.ErrFull):
+		return status.Error(codes.ResourceExhausted, errOverloaded.Error())
+	case errors.Is(err, errStopping), errors.Is(err, changefeed.ErrStopped):
+		return status.Error(codes.Unavailable, errStopping.Error())
+	case errors.As(err, &pgErr) && pgErr.Code == sqlLockNotAvailable:
+		logger.ErrorContext(ctx, "another transaction blocks writes", "method", method, "error", err)
+		return status.Error(codes.Unavailable, "another transaction in the database blocks writes")
+	case db.IsUnavailable(err):
+		logger.WarnContext(ctx, "database unavailable", "method", method, "error", err)
+		return status.Error(codes.Unavailable, "the database is unavailable")
+	case errors.Is(err, context.DeadlineExceeded), errors.As(err, &pgErr) && pgErr.Code == sqlQueryCanceled:
+		return status.Error(codes.DeadlineExceeded, "the request took too long")
+	case errors.Is(err, context.Canceled):
+		return status.Error(codes.Canceled, "the request was canceled")
+	case errors.Is(err, pgx.ErrNoRows):
+		// Every query that may find nothing says so itself; state has its row always.
+		logger.ErrorContext(ctx, "a row is missing: is the schema complete?", "method", method, "error", err)
+		return status.Error(codes.Internal, "internal error")
+	default:
+		logger.ErrorContext(ctx, "request failed", "method", method, "error", err)
+		return status.Error(codes.Internal, "internal error")
+	}
+}

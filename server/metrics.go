@@ -1,0 +1,103 @@
+package server
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+
+	"pgbroker/db"
+	"pgbroker/server/changefeed"
+)
+
+// metrics of a replica. docs/configuration.md lists them.
+type metrics struct {
+	streams    prometheus.Gauge
+	delivered  prometheus.Counter
+	maintained *prometheus.CounterVec
+	rejected   *prometheus.CounterVec
+}
+
+func newMetrics() *metrics {
+	return &metrics{
+		streams: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "pgbroker_sync_streams", Help: "Open Sync streams.",
+		}),
+		delivered: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "pgbroker_sync_changes_sent_total", Help: "Changes sent on Sync streams.",
+		}),
+		maintained: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "pgbroker_maintenance_rows_total", Help: "Rows handled by the periodic work.",
+		}, []string{"job"}),
+		rejected: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "pgbroker_auth_rejected_total", Help: "Requests without a valid token, by reason.",
+		}, []string{"reason"}),
+	}
+}
+
+func (m *metrics) collectors() []prometheus.Collector {
+	return []prometheus.Collector{m.streams, m.delivered, m.maintained, m.rejected}
+}
+
+// reading is a metric that is read from somewhere else when it is asked for.
+type reading struct {
+	desc *prometheus.Desc
+	kind prometheus.ValueType
+	read func() float64
+}
+
+// readings collects metrics that other parts of the server count for themselves.
+type readings []reading
+
+func (r readings) Describe(descs chan<- *prometheus.Desc) {
+	for _, reading := range r {
+		descs <- reading.desc
+	}
+}
+
+func (r readings) Collect(metrics chan<- prometheus.Metric) {
+	for _, reading := range r {
+		metrics <- prometheus.MustNewConstMetric(reading.desc, reading.kind, reading.read())
+	}
+}
+
+func newReadings(feed *changefeed.Feed, database *db.DB) readings {
+	gauge := func(name, help string, read func() float64) reading {
+		return reading{prometheus.NewDesc(name, help, nil, nil), prometheus.GaugeValue, read}
+	}
+	counter := func(name, help string, read func() float64) reading {
+		return reading{prometheus.NewDesc(name, help, nil, nil), prometheus.CounterValue, read}
+	}
+	return readings{
+		gauge("pgbroker_feed_record_version", "Latest record version that this replica has read.",
+			func() float64 { return float64(feed.Stats().Head) }),
+		gauge("pgbroker_feed_ring_bytes", "Memory held by recent changes.",
+			func() float64 { return float64(feed.Stats().RingBytes) }),
+		gauge("pgbroker_feed_healthy", "Whether the latest read of the change log succeeded.",
+			func() float64 { return boolean(feed.Err() == nil) }),
+		gauge("pgbroker_listener_connected", "Whether the database's notifications arrive.",
+			func() float64 { return boolean(feed.Stats().Listening) }),
+		counter("pgbroker_listener_connects_total", "Connections that the listener has opened.",
+			func() float64 { return float64(feed.Stats().Connects) }),
+		counter("pgbroker_feed_reads_total", "Reads of the change log for all streams.",
+			func() float64 { return float64(feed.Stats().TailReads) }),
+		counter("pgbroker_feed_catch_up_reads_total", "Reads of the change log for single streams that are behind the ring.",
+			func() float64 { return float64(feed.Stats().TableReads) }),
+		counter("pgbroker_feed_unannounced_total", "Reads that found changes although listening and not notified: lost wake-ups.",
+			func() float64 { return float64(feed.Stats().Unannounced) }),
+		gauge("pgbroker_pool_connections", "Open connections to the database, without the listener's.",
+			func() float64 { return float64(database.Pool.Stat().TotalConns()) }),
+		gauge("pgbroker_pool_connections_in_use", "Connections to the database that are in use.",
+			func() float64 { return float64(database.Pool.Stat().AcquiredConns()) }),
+		gauge("pgbroker_pool_connections_max", "Bound of the connections to the database.",
+			func() float64 { return float64(database.Pool.Stat().MaxConns()) }),
+		counter("pgbroker_pool_waits_total", "Requests that had to wait for a connection to the database.",
+			func() float64 { return float64(database.Pool.Stat().EmptyAcquireCount()) }),
+		counter("pgbroker_pool_wait_seconds_total", "Time spent getting a connection to the database.",
+			func() float64 { return database.Pool.Stat().AcquireDuration().Seconds() }),
+	}
+}
+
+func boolean(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
+}

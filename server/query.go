@@ -1,0 +1,188 @@
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/jackc/pgx/v5"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"pgbroker/db"
+	"pgbroker/proto/databroker"
+	"pgbroker/server/filter"
+)
+
+// queryRow is a row of any of the queries in queries/query.sql, which all return the same columns: at
+// least one row, with version 0 if the page is empty.
+type queryRow = db.QueryTypeRow
+
+// Query returns a page of the records that match a filter and a text.
+func (s *brokerServer) Query(ctx context.Context, request *databroker.QueryRequest) (*databroker.QueryResponse, error) {
+	switch {
+	case request.Offset < 0:
+		return nil, invalid("offset", "%d, must not be negative", request.Offset)
+	case request.Limit < 0:
+		return nil, invalid("limit", "%d, must not be negative", request.Limit)
+	}
+	if err := errors.Join(checkText("type", request.Type, maxTypeBytes),
+		checkText("query", request.Query, s.config.MaxMessageSize)); err != nil {
+		return nil, err
+	}
+	parsed, err := filter.Parse(request.Filter)
+	if err != nil {
+		return nil, err
+	}
+	var rows []queryRow
+	err = db.RetryRead(ctx, func(ctx context.Context) (err error) {
+		rows, err = s.query(ctx, request, parsed)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("query: %w", err)
+	}
+	response := &databroker.QueryResponse{
+		TotalCount:    rows[0].TotalCount,
+		ServerVersion: uint64(rows[0].ServerVersion),
+		RecordVersion: uint64(rows[0].RecordVersion),
+	}
+	if rows[0].Version == 0 {
+		return response, nil
+	}
+	response.Records = make([]*databroker.Record, len(rows))
+	for i := range rows {
+		row := &rows[i]
+		data, err := decodeAny(row.Payload)
+		if err != nil {
+			return nil, err
+		}
+		response.Records[i] = &databroker.Record{
+			Version: uint64(row.Version), Type: row.Type, Id: row.ID, Data: data, ModifiedAt: timestamppb.New(row.ModifiedAt),
+		}
+	}
+	return response, nil
+}
+
+// query chooses the query that looks at the fewest records.
+func (s *brokerServer) query(ctx context.Context, request *databroker.QueryRequest, parsed *filter.Filter) ([]queryRow, error) {
+	queries := s.queries
+	access := parsed.Access()
+	search := strings.ToLower(request.Query)
+	everything := access.Kind == filter.AccessNone && access.Exact
+
+	switch {
+	case everything && search == "" && request.Type == "":
+		rows, err := queries.QueryAll(ctx, db.QueryAllParams{Skip: request.Offset, MaxRows: request.Limit})
+		return convertRows(rows, func(r db.QueryAllRow) queryRow { return queryRow(r) }), err
+
+	case everything && search == "":
+		return queries.QueryType(ctx, db.QueryTypeParams{Type: request.Type, Skip: request.Offset, MaxRows: request.Limit})
+
+	case access.Kind == filter.AccessKeys && access.Exact && search == "" && request.Type != "" &&
+		len(access.IDs) == 1 && len(access.Index) == 0 && request.Offset == 0 && request.Limit > 0:
+		rows, err := queries.QueryID(ctx, db.QueryIDParams{Type: request.Type, ID: access.IDs[0]})
+		return convertRows(rows, func(r db.QueryIDRow) queryRow { return queryRow(r) }), err
+	}
+
+	predicate := ""
+	if !access.Exact {
+		var err error
+		if predicate, err = s.predicate(ctx, request.Type, parsed); err != nil {
+			return nil, err
+		}
+	}
+	if access.Kind == filter.AccessKeys {
+		addresses := make([]string, len(access.Index))
+		for i, prefix := range access.Index {
+			addresses[i] = prefix.String()
+		}
+		rows, err := queries.QueryKeys(ctx, db.QueryKeysParams{
+			Type: request.Type, IDs: access.IDs, Addresses: addresses, Filter: predicate, Search: search,
+			Skip: request.Offset, MaxRows: request.Limit,
+		})
+		return convertRows(rows, func(r db.QueryKeysRow) queryRow { return queryRow(r) }), err
+	}
+	if access.Kind == filter.AccessField {
+		if field := s.indexedField(request.Type, access.Fields); field != nil {
+			terms, err := fieldTerms(field)
+			if err != nil {
+				return nil, err
+			}
+			rows, err := queries.QueryField(ctx, db.QueryFieldParams{
+				Type: request.Type, Terms: terms, Filter: predicate, Search: search,
+				Skip: request.Offset, MaxRows: request.Limit,
+			})
+			return convertRows(rows, func(r db.QueryFieldRow) queryRow { return queryRow(r) }), err
+		}
+		if predicate == "" {
+			var err error
+			if predicate, err = s.predicate(ctx, request.Type, parsed); err != nil {
+				return nil, err
+			}
+		}
+	}
+	rows, err := queries.QueryScan(ctx, db.QueryScanParams{
+		Type: request.Type, Filter: predicate, Search: search, Skip: request.Offset, MaxRows: request.Limit,
+	})
+	return convertRows(rows, func(r db.QueryScanRow) queryRow { return queryRow(r) }), err
+}
+
+// predicate compiles a filter to the jsonpath that the database evaluates record by record. Addresses are
+// replaced by the longest stored prefix that contains them.
+func (s *brokerServer) predicate(ctx context.Context, recordType string, parsed *filter.Filter) (string, error) {
+	longest := make(map[netip.Prefix]string)
+	for _, prefix := range parsed.IndexValues() {
+		stored, err := s.queries.RecordLongestPrefix(ctx, db.RecordLongestPrefixParams{Type: recordType, Address: prefix.String()})
+		switch {
+		case err == nil:
+			longest[prefix] = stored
+		case !errors.Is(err, pgx.ErrNoRows):
+			return "", err
+		}
+	}
+	return parsed.JSONPath(func(prefix netip.Prefix) (string, bool) {
+		stored, ok := longest[prefix]
+		return stored, ok
+	}), nil
+}
+
+// indexedField returns the first of the fields by which every record of the type is indexed, or nil. The
+// feed's options may be a moment old; that is safe, because a field that is indexed stays so.
+func (s *brokerServer) indexedField(recordType string, fields []filter.Field) *filter.Field {
+	options := s.feed.Options()
+	if options == nil {
+		return nil
+	}
+	indexed := options.Types[recordType].IndexedFields
+	for i := range fields {
+		if slices.Contains(indexed, fields[i].Path) {
+			return &fields[i]
+		}
+	}
+	return nil
+}
+
+// fieldTerms returns the index terms of a field: an object {path: value} for each value.
+func fieldTerms(field *filter.Field) ([]string, error) {
+	terms := make([]string, len(field.Values))
+	for i, value := range field.Values {
+		term, err := json.Marshal(map[string]string{field.Path: value})
+		if err != nil {
+			return nil, err
+		}
+		terms[i] = string(term)
+	}
+	return terms, nil
+}
+
+func convertRows[From, To any](rows []From, convert func(From) To) []To {
+	converted := make([]To, len(rows))
+	for i, row := range rows {
+		converted[i] = convert(row)
+	}
+	return converted
+}

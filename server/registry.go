@@ -1,0 +1,185 @@
+package server
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/url"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"pgbroker/db"
+	"pgbroker/proto/registry"
+)
+
+const (
+	// serviceTTL is how long a reported service stays listed.
+	serviceTTL = 30 * time.Second
+	// serviceReportInterval is how soon reporters are told to report again: soon enough that one lost
+	// report does not make the service flicker.
+	serviceReportInterval = 10 * time.Second
+
+	maxReportedServices = 1000
+	maxEndpointBytes    = 2048
+)
+
+// registryServer serves registry.Registry.
+type registryServer struct {
+	registry.UnimplementedRegistryServer
+	*Server
+}
+
+// Report registers services for a while.
+func (s *registryServer) Report(ctx context.Context, request *registry.RegisterRequest) (*registry.RegisterResponse, error) {
+	if n := len(request.Services); n > maxReportedServices {
+		return nil, invalid("services", "%d services, at most %d are allowed", n, maxReportedServices)
+	}
+	params := db.ServicesReportParams{TTL: serviceTTL}
+	for i, service := range request.Services {
+		field := fmt.Sprintf("services[%d]", i)
+		if service.GetKind() == registry.ServiceKind_UNDEFINED_DO_NOT_USE {
+			return nil, invalid(field+".kind", "must be set")
+		}
+		if err := checkText(field+".endpoint", service.GetEndpoint(), maxEndpointBytes); err != nil {
+			return nil, err
+		}
+		// The endpoint may hold a password: it is not quoted.
+		if endpoint, err := url.Parse(service.GetEndpoint()); err != nil || !endpoint.IsAbs() {
+			return nil, invalid(field+".endpoint", "must be an absolute URI")
+		}
+		params.Kinds = append(params.Kinds, int32(service.GetKind()))
+		params.Endpoints = append(params.Endpoints, service.GetEndpoint())
+	}
+	if len(params.Kinds) > 0 {
+		err := db.Retry(ctx, func(ctx context.Context) error { return s.queries.ServicesReport(ctx, params) })
+		if err != nil {
+			return nil, fmt.Errorf("report services: %w", err)
+		}
+	}
+	return &registry.RegisterResponse{CallBackAfter: durationpb.New(serviceReportInterval)}, nil
+}
+
+// List returns the live services of the given kinds, or of all.
+func (s *registryServer) List(ctx context.Context, request *registry.ListRequest) (*registry.ServiceList, error) {
+	var rows []db.ServicesListRow
+	err := db.RetryRead(ctx, func(ctx context.Context) (err error) {
+		rows, err = s.queries.ServicesList(ctx)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list services: %w", err)
+	}
+	return serviceList(rows, request.Kinds), nil
+}
+
+// Watch sends the list at once, and again each time that it has changed.
+func (s *registryServer) Watch(request *registry.ListRequest, stream grpc.ServerStreamingServer[registry.ServiceList]) error {
+	ctx, done := s.streamContext(stream.Context())
+	defer done()
+	sent, err := s.List(ctx, request)
+	if err != nil {
+		return s.streamError(ctx, err)
+	}
+	if err := stream.Send(sent); err != nil {
+		return err
+	}
+	for {
+		view := s.services.view.Load()
+		if view.rows != nil {
+			if list := serviceList(view.rows, request.Kinds); !proto.Equal(list, sent) {
+				if err := stream.Send(list); err != nil {
+					return err
+				}
+				sent = list
+			}
+		}
+		select {
+		case <-view.replaced:
+		case <-ctx.Done():
+			return s.streamError(ctx, ctx.Err())
+		}
+	}
+}
+
+func serviceList(rows []db.ServicesListRow, kinds []registry.ServiceKind) *registry.ServiceList {
+	list := new(registry.ServiceList)
+	for _, row := range rows {
+		kind := registry.ServiceKind(row.Kind)
+		if len(kinds) == 0 || slices.Contains(kinds, kind) {
+			list.Services = append(list.Services, &registry.Service{Kind: kind, Endpoint: row.Endpoint})
+		}
+	}
+	return list
+}
+
+// serviceFeed follows the live services for all watchers of a replica.
+type serviceFeed struct {
+	queries *db.Queries
+	logger  *slog.Logger
+	wake    chan struct{}
+	view    atomic.Pointer[serviceView]
+}
+
+type serviceView struct {
+	rows     []db.ServicesListRow // nil before the first read
+	replaced chan struct{}        // closed when a newer view is there
+}
+
+func newServiceFeed(queries *db.Queries, logger *slog.Logger) *serviceFeed {
+	f := &serviceFeed{queries: queries, logger: logger, wake: make(chan struct{}, 1)}
+	f.view.Store(&serviceView{replaced: make(chan struct{})})
+	return f
+}
+
+// Wake makes the feed look for changes now.
+func (f *serviceFeed) Wake() {
+	select {
+	case f.wake <- struct{}{}:
+	default: // a look is due already
+	}
+}
+
+// run publishes the list at each wake-up and each time that a service expires, until ctx ends.
+func (f *serviceFeed) run(ctx context.Context) {
+	for {
+		next := serviceTTL
+		rows, err := f.queries.ServicesList(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err != nil:
+			f.logger.WarnContext(ctx, "cannot read the registered services", "error", err)
+		default:
+			for _, row := range rows {
+				next = min(next, max(row.Remaining, 0)+time.Millisecond)
+			}
+			f.publish(rows)
+		}
+		expiry := time.NewTimer(next)
+		select {
+		case <-f.wake:
+		case <-expiry.C:
+		case <-ctx.Done():
+		}
+		expiry.Stop()
+	}
+}
+
+// publish replaces the view if the list has changed.
+func (f *serviceFeed) publish(rows []db.ServicesListRow) {
+	old := f.view.Load()
+	same := func(a, b db.ServicesListRow) bool { return a.Kind == b.Kind && a.Endpoint == b.Endpoint }
+	if old.rows != nil && slices.EqualFunc(old.rows, rows, same) {
+		return
+	}
+	if rows == nil {
+		rows = []db.ServicesListRow{}
+	}
+	f.view.Store(&serviceView{rows: rows, replaced: make(chan struct{})})
+	close(old.replaced)
+}

@@ -1,0 +1,309 @@
+// Package server is a pgbroker replica: it serves the databroker wire contract from PostgreSQL.
+//
+// Writes go down one column, reads come up another, and the two meet only in the database: a replica
+// never tells its own streams about its own writes, so one replica and ten run the same code.
+//
+//	Put ─► auth ─► records ─► combiner ─► one statement ─► triggers ─► COMMIT (+ NOTIFY) ─► reply
+//	                                                                       │
+//	Sync ◄─ sync ◄─ changefeed cursor ◄─ ring ◄─ tailer ◄─ listener ◄──────┘
+package server
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"runtime/debug"
+	"time"
+
+	grpcprometheus "github.com/grpc-ecosystem/go-grpc-middleware/providers/prometheus"
+	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/recovery"
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	_ "google.golang.org/grpc/encoding/gzip" // for clients that ask for compression
+	"google.golang.org/grpc/health"
+	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/reflection"
+	"google.golang.org/grpc/status"
+
+	"pgbroker/db"
+	"pgbroker/proto/databroker"
+	"pgbroker/proto/registry"
+	"pgbroker/server/auth"
+	"pgbroker/server/changefeed"
+	"pgbroker/server/projection"
+)
+
+// Defaults of Config.
+const (
+	DefaultRequestTimeout     = 8 * time.Second
+	DefaultShutdownTimeout    = 25 * time.Second
+	DefaultMaxMessageSize     = 4 << 20
+	DefaultTombstoneRetention = 7 * 24 * time.Hour
+)
+
+// Config of a Server.
+type Config struct {
+	// DB is the database, opened; its schema must be of the version that this program knows. Required.
+	DB *db.DB
+	// Auth names the shared secrets of which requests must show one. Without any, New fails, unless
+	// AllowUnauthenticated is set. Its hooks are used by the server.
+	Auth auth.Config
+	// AllowUnauthenticated serves everybody who can reach the listener. Only for tests and machines that
+	// nobody else uses.
+	AllowUnauthenticated bool
+	// TLS is used if set; otherwise the server speaks plain text (h2c). That this is acceptable on the
+	// listener's address is for the caller to check.
+	TLS *tls.Config
+	// RequestTimeout ends unary requests whose own deadline is later. It should be shorter than the
+	// clients' (10 s), so that they see what went wrong. 0 means 8 s.
+	RequestTimeout time.Duration
+	// ShutdownTimeout bounds how long requests may take to end when the server stops. 0 means 25 s.
+	ShutdownTimeout time.Duration
+	// MaxMessageSize bounds a request in bytes, and with it a record: 4 KiB less. Clients accept 4 MiB,
+	// so a larger one makes records that standard clients cannot receive. 0 means 4 MiB.
+	MaxMessageSize int
+	// TombstoneRetention is how long a client may be away and still resume its streams. 0 means 7 days.
+	TombstoneRetention time.Duration
+	// RingBytes bounds the recent changes kept in memory; 0 means 64 MiB.
+	RingBytes int
+	// PollInterval is how often changes are looked for when nobody announces any; 0 means 2 s.
+	PollInterval time.Duration
+	// Registerer takes the metrics; nil means none.
+	Registerer prometheus.Registerer
+	// Logger takes what operators should know; nil means slog.Default.
+	Logger *slog.Logger
+}
+
+// Server is a replica. Make one with New.
+type Server struct {
+	config    Config
+	logger    *slog.Logger
+	db        *db.DB
+	queries   *db.Queries
+	projector *projection.Projector
+	writer    *writer
+	feed      *changefeed.Feed
+	services  *serviceFeed
+	metrics   *metrics
+	grpc      *grpc.Server
+	health    *health.Server
+
+	stopping context.Context // ends when streams shall
+	stop     context.CancelFunc
+}
+
+// New returns a server that does nothing until Run.
+func New(config Config) (*Server, error) {
+	config.RequestTimeout = cmp.Or(config.RequestTimeout, DefaultRequestTimeout)
+	config.ShutdownTimeout = cmp.Or(config.ShutdownTimeout, DefaultShutdownTimeout)
+	config.MaxMessageSize = cmp.Or(config.MaxMessageSize, DefaultMaxMessageSize)
+	config.TombstoneRetention = cmp.Or(config.TombstoneRetention, DefaultTombstoneRetention)
+	config.Logger = cmp.Or(config.Logger, slog.Default())
+	if config.DB == nil {
+		return nil, errors.New("server: no database is configured")
+	}
+	if config.MaxMessageSize < 2*recordOverhead {
+		return nil, fmt.Errorf("server: a maximum message size of %d bytes is too small, at least %d are needed", config.MaxMessageSize, 2*recordOverhead)
+	}
+
+	s := &Server{
+		config:    config,
+		logger:    config.Logger,
+		db:        config.DB,
+		queries:   db.New(config.DB),
+		projector: projection.New(nil),
+		writer:    newWriter(config.DB, config.RequestTimeout),
+		metrics:   newMetrics(),
+		health:    health.NewServer(),
+	}
+	// Until the database has been read.
+	s.health.SetServingStatus("", grpc_health_v1.HealthCheckResponse_NOT_SERVING)
+	s.stopping, s.stop = context.WithCancel(context.Background())
+	s.services = newServiceFeed(s.queries, s.logger)
+	s.feed = changefeed.New(changefeed.Config{
+		Queries:      s.queries,
+		Listen:       s.db.Listen,
+		Encode:       encodeChange,
+		OnServices:   s.services.Wake,
+		RingBytes:    config.RingBytes,
+		PollInterval: config.PollInterval,
+		Logger:       s.logger,
+	})
+	if err := s.newGRPC(); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+func (s *Server) newGRPC() error {
+	authenticator, err := s.authenticator()
+	if err != nil {
+		return err
+	}
+	requests := grpcprometheus.NewServerMetrics(grpcprometheus.WithServerHandlingTimeHistogram())
+	recovered := recovery.WithRecoveryHandlerContext(s.recovered)
+	options := []grpc.ServerOption{
+		grpc.ForceServerCodecV2(newCodec()),
+		grpc.MaxRecvMsgSize(s.config.MaxMessageSize),
+		// Clients behind Envoy ping every few minutes, also without streams; none may be told that this
+		// is too often. Our own pings find clients that have gone without a word.
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Minute, Timeout: 20 * time.Second}),
+		grpc.ChainUnaryInterceptor(
+			requests.UnaryServerInterceptor(), s.unaryErrors, recovery.UnaryServerInterceptor(recovered), authenticator.Unary, s.deadline),
+		grpc.ChainStreamInterceptor(
+			requests.StreamServerInterceptor(), s.streamErrors, recovery.StreamServerInterceptor(recovered), authenticator.Stream),
+	}
+	if s.config.TLS != nil {
+		options = append(options, grpc.Creds(credentials.NewTLS(s.config.TLS)))
+	}
+	s.grpc = grpc.NewServer(options...)
+	databroker.RegisterDataBrokerServiceServer(s.grpc, &brokerServer{Server: s})
+	databroker.RegisterCheckpointServiceServer(s.grpc, &checkpointServer{Server: s})
+	registry.RegisterRegistryServer(s.grpc, &registryServer{Server: s})
+	grpc_health_v1.RegisterHealthServer(s.grpc, &healthServer{s.health})
+	reflection.Register(s.grpc)
+	requests.InitializeMetrics(s.grpc)
+
+	if s.config.Registerer == nil {
+		return nil
+	}
+	for _, collector := range append(s.metrics.collectors(), requests, newReadings(s.feed, s.db)) {
+		if err := s.config.Registerer.Register(collector); err != nil {
+			return fmt.Errorf("server: register metrics: %w", err)
+		}
+	}
+	return nil
+}
+
+func (s *Server) authenticator() (*auth.Authenticator, error) {
+	if len(s.config.Auth.Secrets)+len(s.config.Auth.Files) == 0 && s.config.AllowUnauthenticated {
+		s.logger.Warn("requests are not authenticated")
+		return auth.Disabled(), nil
+	}
+	config := s.config.Auth
+	config.Log = s.logger
+	config.OnReject = func(reason auth.Reason) { s.metrics.rejected.WithLabelValues(string(reason)).Inc() }
+	for _, reason := range auth.Reasons() {
+		s.metrics.rejected.WithLabelValues(string(reason)) // a metric that is there before it is needed
+	}
+	authenticator, err := auth.New(config)
+	if err != nil {
+		return nil, fmt.Errorf("server: %w", err)
+	}
+	s.logger.Info("requests are authenticated", "keys", authenticator.Fingerprints())
+	return authenticator, nil
+}
+
+// Run serves on a listener until ctx ends, then lets requests end, and returns when everything has
+// stopped. It closes the listener. While the database is away it goes on: requests fail as Unavailable,
+// streams wait.
+func (s *Server) Run(ctx context.Context, listener net.Listener) error {
+	// What requests depend on stops after them.
+	background, stopBackground := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopBackground()
+	periodic := &maintenance{queries: s.queries, logger: s.logger, retention: s.config.TombstoneRetention, metrics: s.metrics}
+	var group errgroup.Group
+	group.Go(func() error { return s.feed.Run(background) })
+	group.Go(func() error { s.services.run(background); return nil })
+	group.Go(func() error { periodic.run(background); return nil })
+	group.Go(func() error { s.reportHealth(background); return nil })
+
+	served := make(chan error, 1)
+	go func() { served <- s.grpc.Serve(listener) }()
+	s.logger.InfoContext(ctx, "serving", "address", listener.Addr().String())
+
+	var err error
+	select {
+	case err = <-served:
+		err = fmt.Errorf("serve: %w", err)
+	case <-ctx.Done():
+		s.shutDown(ctx)
+		<-served
+	}
+	s.stop()
+	stopBackground()
+	return errors.Join(err, group.Wait())
+}
+
+// shutDown ends streams, waits for requests, and cuts off what takes too long.
+func (s *Server) shutDown(ctx context.Context) {
+	s.logger.InfoContext(ctx, "stopping")
+	s.health.Shutdown()
+	s.stop()
+	cutOff := time.AfterFunc(s.config.ShutdownTimeout, func() {
+		s.logger.WarnContext(ctx, "requests have not ended in time and are cut off", "timeout", s.config.ShutdownTimeout)
+		s.grpc.Stop()
+	})
+	defer cutOff.Stop()
+	s.grpc.GracefulStop()
+}
+
+// Ready says why the server cannot do its work at the moment; nil if it can.
+func (s *Server) Ready() error {
+	if s.stopping.Err() != nil {
+		return errStopping
+	}
+	return s.feed.Err()
+}
+
+// reportHealth keeps the gRPC health status to the state of the feed until ctx ends.
+func (s *Server) reportHealth(ctx context.Context) {
+	for {
+		changed := s.feed.Watch()
+		serving := grpc_health_v1.HealthCheckResponse_SERVING
+		if s.Ready() != nil {
+			serving = grpc_health_v1.HealthCheckResponse_NOT_SERVING
+		}
+		s.health.SetServingStatus("", serving)
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// healthServer is the standard health service, which knows one status, whatever service is asked about.
+type healthServer struct{ *health.Server }
+
+func (h *healthServer) Check(ctx context.Context, _ *grpc_health_v1.HealthCheckRequest) (*grpc_health_v1.HealthCheckResponse, error) {
+	return h.Server.Check(ctx, new(grpc_health_v1.HealthCheckRequest))
+}
+
+func (h *healthServer) Watch(_ *grpc_health_v1.HealthCheckRequest, stream grpc_health_v1.Health_WatchServer) error {
+	return h.Server.Watch(new(grpc_health_v1.HealthCheckRequest), stream)
+}
+
+func (s *Server) unaryErrors(ctx context.Context, request any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	response, err := handler(ctx, request)
+	if err != nil {
+		return nil, toStatus(ctx, s.logger, info.FullMethod, err)
+	}
+	return response, nil
+}
+
+func (s *Server) streamErrors(server any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	return toStatus(stream.Context(), s.logger, info.FullMethod, handler(server, stream))
+}
+
+// deadline bounds a unary request, so that its client hears of a failure before it gives up.
+func (s *Server) deadline(ctx context.Context, request any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	ctx, cancel := context.WithTimeout(ctx, s.config.RequestTimeout)
+	defer cancel()
+	return handler(ctx, request)
+}
+
+// recovered turns a panic into an error: one request must not end the others.
+func (s *Server) recovered(ctx context.Context, panicked any) error {
+	s.logger.ErrorContext(ctx, "a request panicked", "panic", panicked, "stack", string(debug.Stack()))
+	return status.Error(codes.Internal, "internal error")
+}

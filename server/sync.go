@@ -1,0 +1,239 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
+
+	"pgbroker/db"
+	"pgbroker/proto/databroker"
+	"pgbroker/server/changefeed"
+)
+
+// encodeChange serializes a change as the SyncResponse that every stream sends.
+func encodeChange(row *db.ChangesAfterRow) []byte {
+	return encodeResponse(&wireRecord{
+		version: row.Version, recordType: row.Type, id: row.ID, payload: row.Payload, modifiedAt: row.ChangedAt, deleted: row.Deleted,
+	})
+}
+
+// Sync sends what follows a record version: options first, then changes in the order of their versions,
+// and more of either as they happen. Of a record that has changed several times it may send only the
+// latest change.
+func (s *brokerServer) Sync(request *databroker.SyncRequest, stream grpc.ServerStreamingServer[databroker.SyncResponse]) error {
+	ctx, done := s.streamContext(stream.Context())
+	defer done()
+	if err := checkText("type", request.Type, maxTypeBytes); err != nil {
+		return err
+	}
+	if request.ServerVersion > math.MaxInt64 {
+		return changefeed.ErrDataSetChanged
+	}
+	version := int64(min(request.RecordVersion, math.MaxInt64))
+	cursor, err := s.feed.Open(ctx, int64(request.ServerVersion), version, request.Type)
+	if err != nil {
+		return s.streamError(ctx, err)
+	}
+	s.metrics.streams.Inc()
+	defer s.metrics.streams.Dec()
+	wait := request.Wait == nil || *request.Wait
+	options := optionsSender{
+		recordType: request.Type,
+		send: func(o *databroker.TypedOptions) error {
+			return stream.Send(&databroker.SyncResponse{Response: &databroker.SyncResponse_Options{Options: o}})
+		},
+	}
+	for {
+		event, err := cursor.Next(ctx, wait)
+		if err != nil {
+			return s.streamError(ctx, err)
+		}
+		if event.Options != nil {
+			if err := options.update(event.Options); err != nil {
+				return err
+			}
+		}
+		for _, change := range event.Changes {
+			if err := stream.SendMsg(encoded(change.Message)); err != nil {
+				return err
+			}
+		}
+		s.metrics.delivered.Add(float64(len(event.Changes)))
+		if len(event.Changes) == 0 && event.Options == nil {
+			return nil // the end, for a stream that does not wait
+		}
+	}
+}
+
+// Bounds of a page of SyncLatest.
+const (
+	pageRows  = 2000
+	pageBytes = 2 << 20
+)
+
+// maxSnapshotAge is how long SyncLatest reads from one snapshot. A client that takes longer goes on from a
+// newer one: what has changed in between it may get now and gets again from Sync. It is a variable for
+// tests.
+var maxSnapshotAge = 30 * time.Second
+
+// SyncLatest sends every live record in the order of types and ids, then options, and last the versions
+// with which to call Sync.
+func (s *brokerServer) SyncLatest(request *databroker.SyncLatestRequest, stream grpc.ServerStreamingServer[databroker.SyncLatestResponse]) error {
+	ctx, done := s.streamContext(stream.Context())
+	defer done()
+	if err := checkText("type", request.Type, maxTypeBytes); err != nil {
+		return err
+	}
+	var versions *databroker.Versions
+	var typed []db.OptionsListRow
+	from := key{recordType: request.Type}
+	for more := true; more; {
+		err := s.snapshot(ctx, func(ctx context.Context, queries *db.Queries) error {
+			if versions == nil {
+				state, err := queries.StateGet(ctx)
+				if err != nil {
+					return err
+				}
+				if typed, err = queries.OptionsList(ctx); err != nil {
+					return err
+				}
+				versions = &databroker.Versions{
+					ServerVersion: uint64(state.ServerVersion), LatestRecordVersion: uint64(state.LatestVersion),
+				}
+			}
+			var err error
+			more, err = sendPages(ctx, queries, request.Type, &from, stream)
+			return err
+		})
+		if err != nil {
+			return s.streamError(ctx, fmt.Errorf("read records: %w", err))
+		}
+	}
+	options := optionsSender{
+		recordType: request.Type,
+		send: func(o *databroker.TypedOptions) error {
+			return stream.Send(&databroker.SyncLatestResponse{Response: &databroker.SyncLatestResponse_Options{Options: o}})
+		},
+	}
+	if err := options.sendRows(typed); err != nil {
+		return err
+	}
+	return stream.Send(&databroker.SyncLatestResponse{Response: &databroker.SyncLatestResponse_Versions{Versions: versions}})
+}
+
+// snapshot runs a function in which all reads see the same state of the database.
+func (s *brokerServer) snapshot(ctx context.Context, read func(context.Context, *db.Queries) error) error {
+	options := pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly}
+	return pgx.BeginTxFunc(ctx, s.db.Pool, options, func(tx pgx.Tx) error { return read(ctx, db.New(tx)) })
+}
+
+// sendPages reads page by page, and sends each after it has been read, until the end or until the
+// snapshot is too old. It moves from on, and reports whether there is more.
+func sendPages(ctx context.Context, queries *db.Queries, recordType string, from *key, stream grpc.ServerStream) (more bool, err error) {
+	start := time.Now()
+	for {
+		page, err := readPage(ctx, queries, recordType, *from)
+		if err != nil {
+			return false, err
+		}
+		if len(page) == 0 {
+			return false, nil
+		}
+		for i := range page {
+			row := &page[i]
+			message := encodeResponse(&wireRecord{
+				version: row.Version, recordType: row.Type, id: row.ID, payload: row.Payload, modifiedAt: row.ModifiedAt,
+			})
+			if err := stream.SendMsg(message); err != nil {
+				return false, err
+			}
+		}
+		last := &page[len(page)-1]
+		// No text sorts between a text and the same followed by U+0001, the lowest character there is.
+		*from = key{last.Type, last.ID + "\x01"}
+		if time.Since(start) > maxSnapshotAge {
+			return true, nil
+		}
+	}
+}
+
+func readPage(ctx context.Context, queries *db.Queries, recordType string, from key) ([]db.RecordsPageRow, error) {
+	if recordType == "" {
+		return queries.RecordsPage(ctx, db.RecordsPageParams{
+			FromType: from.recordType, FromID: from.id, MaxRows: pageRows, MaxBytes: pageBytes,
+		})
+	}
+	rows, err := queries.RecordsPageOfType(ctx, db.RecordsPageOfTypeParams{
+		Type: recordType, FromID: from.id, MaxRows: pageRows, MaxBytes: pageBytes,
+	})
+	return convertRows(rows, func(r db.RecordsPageOfTypeRow) db.RecordsPageRow { return db.RecordsPageRow(r) }), err
+}
+
+// optionsSender sends the options of a stream's types, and later those that have changed.
+type optionsSender struct {
+	recordType string // "" for all
+	send       func(*databroker.TypedOptions) error
+	sent       map[string]*databroker.Options
+}
+
+// update sends what has changed since the last update.
+func (o *optionsSender) update(options *changefeed.Options) error {
+	if o.recordType != "" {
+		if row, ok := options.Types[o.recordType]; ok {
+			return o.sendRows([]db.OptionsListRow{row})
+		}
+		return nil
+	}
+	rows := make([]db.OptionsListRow, 0, len(options.Types))
+	for _, row := range options.Types {
+		rows = append(rows, row)
+	}
+	slices.SortFunc(rows, func(a, b db.OptionsListRow) int { return strings.Compare(a.Type, b.Type) })
+	return o.sendRows(rows)
+}
+
+func (o *optionsSender) sendRows(rows []db.OptionsListRow) error {
+	if o.sent == nil {
+		o.sent = make(map[string]*databroker.Options)
+	}
+	for i := range rows {
+		row := &rows[i]
+		if o.recordType != "" && row.Type != o.recordType {
+			continue
+		}
+		options := newOptions(row.Capacity, row.TTL, row.IndexableFields)
+		before, known := o.sent[row.Type]
+		if !known && isEmpty(options) || known && proto.Equal(before, options) {
+			continue // never had any, or no news
+		}
+		o.sent[row.Type] = options
+		if err := o.send(&databroker.TypedOptions{TypeURL: row.Type, Options: options}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// streamContext derives the context of a stream, which also ends when the server stops.
+func (s *Server) streamContext(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	stop := context.AfterFunc(s.stopping, func() { cancel(errStopping) })
+	return ctx, func() { stop(); cancel(nil) }
+}
+
+// streamError is how a stream ends: never as canceled by the server, because clients take that as an end
+// for good. Unavailable makes them come back, to this replica or another.
+func (s *Server) streamError(ctx context.Context, err error) error {
+	if errors.Is(context.Cause(ctx), errStopping) {
+		return errStopping
+	}
+	return err
+}
