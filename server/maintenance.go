@@ -14,9 +14,6 @@ import (
 
 const (
 	maintenanceLease = "pgbroker-maintenance"
-	// maintenanceInterval is how often what is due is looked for: it bounds how long a record outlives
-	// its expiry.
-	maintenanceInterval = 10 * time.Second
 	// maintenanceLeaseTTL outlasts a few missed renewals.
 	maintenanceLeaseTTL = 45 * time.Second
 	// maintenanceBatch bounds how long one statement holds the order lock.
@@ -28,20 +25,21 @@ const (
 type maintenance struct {
 	queries   *db.Queries
 	logger    *slog.Logger
-	retention time.Duration
 	metrics   *metrics
+	interval  time.Duration
+	retention time.Duration
 
 	leaseID string // "" while another replica holds the lease
 }
 
 // run works until ctx ends, and then gives the lease back.
 func (m *maintenance) run(ctx context.Context) {
-	tick := time.NewTicker(maintenanceInterval)
+	tick := time.NewTicker(m.interval)
 	defer tick.Stop()
 	defer m.release(context.WithoutCancel(ctx))
 	for {
 		if err := m.round(ctx); err != nil && ctx.Err() == nil {
-			m.logger.WarnContext(ctx, "periodic work failed; it is tried again", "error", err, "retry_in", maintenanceInterval)
+			m.logger.WarnContext(ctx, "periodic work failed; it is tried again", "error", err, "retry_in", m.interval)
 		}
 		select {
 		case <-tick.C:

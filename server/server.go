@@ -43,10 +43,11 @@ import (
 
 // Defaults of Config.
 const (
-	DefaultRequestTimeout     = 8 * time.Second
-	DefaultShutdownTimeout    = 25 * time.Second
-	DefaultMaxMessageSize     = 4 << 20
-	DefaultTombstoneRetention = 7 * 24 * time.Hour
+	DefaultRequestTimeout      = 8 * time.Second
+	DefaultShutdownTimeout     = 25 * time.Second
+	DefaultMaxMessageSize      = 4 << 20
+	DefaultTombstoneRetention  = 7 * 24 * time.Hour
+	DefaultMaintenanceInterval = 10 * time.Second
 )
 
 // Config of a Server.
@@ -74,6 +75,9 @@ type Config struct {
 	TombstoneRetention time.Duration
 	// RingBytes bounds the recent changes kept in memory; 0 means 64 MiB.
 	RingBytes int
+	// MaintenanceInterval is how often what is due is looked for, which bounds how long a record outlives
+	// its expiry; 0 means 10 s.
+	MaintenanceInterval time.Duration
 	// PollInterval is how often changes are looked for when nobody announces any; 0 means 2 s.
 	PollInterval time.Duration
 	// Registerer takes the metrics; nil means none.
@@ -106,6 +110,7 @@ func New(config Config) (*Server, error) {
 	config.ShutdownTimeout = cmp.Or(config.ShutdownTimeout, DefaultShutdownTimeout)
 	config.MaxMessageSize = cmp.Or(config.MaxMessageSize, DefaultMaxMessageSize)
 	config.TombstoneRetention = cmp.Or(config.TombstoneRetention, DefaultTombstoneRetention)
+	config.MaintenanceInterval = cmp.Or(config.MaintenanceInterval, DefaultMaintenanceInterval)
 	config.Logger = cmp.Or(config.Logger, slog.Default())
 	if config.DB == nil {
 		return nil, errors.New("server: no database is configured")
@@ -210,7 +215,7 @@ func (s *Server) Run(ctx context.Context, listener net.Listener) error {
 	// What requests depend on stops after them.
 	background, stopBackground := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopBackground()
-	periodic := &maintenance{queries: s.queries, logger: s.logger, retention: s.config.TombstoneRetention, metrics: s.metrics}
+	periodic := &maintenance{queries: s.queries, logger: s.logger, metrics: s.metrics, interval: s.config.MaintenanceInterval, retention: s.config.TombstoneRetention}
 	var group errgroup.Group
 	group.Go(func() error { return s.feed.Run(background) })
 	group.Go(func() error { s.services.run(background); return nil })
@@ -307,3 +312,9 @@ func (s *Server) recovered(ctx context.Context, panicked any) error {
 	s.logger.ErrorContext(ctx, "a request panicked", "panic", panicked, "stack", string(debug.Stack()))
 	return status.Error(codes.Internal, "internal error")
 }
+
+// Services returns the services that the server offers, and their methods.
+func (s *Server) Services() map[string]grpc.ServiceInfo { return s.grpc.GetServiceInfo() }
+
+// FeedStats returns figures of the change feed.
+func (s *Server) FeedStats() changefeed.Stats { return s.feed.Stats() }
