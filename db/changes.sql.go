@@ -11,12 +11,12 @@ import (
 )
 
 const changesAfter = `-- name: ChangesAfter :many
-SELECT s.server_version, s.options_version, pgbroker.latest_version()::bigint AS latest_version,
+SELECT v.server_version, v.options_version, v.latest_version::bigint AS latest_version,
        coalesce(g.purged_version, 0)::bigint AS purged_version,
        EXISTS (SELECT FROM pgbroker.epochs e WHERE e.last_version < $1 AND $1 < e.first_version)::boolean AS lost,
        coalesce(c.version, 0)::bigint AS version, coalesce(c.type, '')::text AS type, coalesce(c.id, '')::text AS id,
        coalesce(c.changed_at, 'epoch')::timestamptz AS changed_at, coalesce(c.deleted, false)::boolean AS deleted, c.payload
-FROM pgbroker.state s
+FROM pgbroker.versions v
 CROSS JOIN (
   SELECT max(t.purged_version) AS purged_version FROM pgbroker.record_types t
   WHERE $2::text = '' OR t.type = $2::text
@@ -67,12 +67,12 @@ type ChangesAfterRow struct {
 // missing from it: a reader below that may have missed a deletion. lost says that a failover or restore has
 // undone the version read from.
 //
-//	SELECT s.server_version, s.options_version, pgbroker.latest_version()::bigint AS latest_version,
+//	SELECT v.server_version, v.options_version, v.latest_version::bigint AS latest_version,
 //	       coalesce(g.purged_version, 0)::bigint AS purged_version,
 //	       EXISTS (SELECT FROM pgbroker.epochs e WHERE e.last_version < $1 AND $1 < e.first_version)::boolean AS lost,
 //	       coalesce(c.version, 0)::bigint AS version, coalesce(c.type, '')::text AS type, coalesce(c.id, '')::text AS id,
 //	       coalesce(c.changed_at, 'epoch')::timestamptz AS changed_at, coalesce(c.deleted, false)::boolean AS deleted, c.payload
-//	FROM pgbroker.state s
+//	FROM pgbroker.versions v
 //	CROSS JOIN (
 //	  SELECT max(t.purged_version) AS purged_version FROM pgbroker.record_types t
 //	  WHERE $2::text = '' OR t.type = $2::text
@@ -134,7 +134,7 @@ func (q *Queries) ChangesAfter(ctx context.Context, arg ChangesAfterParams) ([]C
 const changesPurgeTombstones = `-- name: ChangesPurgeTombstones :one
 WITH oldest AS (
   SELECT c.version, c.changed_at FROM pgbroker.changes c
-  WHERE c.deleted AND c.version < pgbroker.latest_version()
+  WHERE c.deleted AND c.version < (SELECT v.latest_version FROM pgbroker.versions v)
   ORDER BY c.version LIMIT $1
 ),
 purged AS (
@@ -162,7 +162,7 @@ type ChangesPurgeTombstonesParams struct {
 //
 //	WITH oldest AS (
 //	  SELECT c.version, c.changed_at FROM pgbroker.changes c
-//	  WHERE c.deleted AND c.version < pgbroker.latest_version()
+//	  WHERE c.deleted AND c.version < (SELECT v.latest_version FROM pgbroker.versions v)
 //	  ORDER BY c.version LIMIT $1
 //	),
 //	purged AS (

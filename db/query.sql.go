@@ -12,10 +12,10 @@ import (
 
 const queryAll = `-- name: QueryAll :many
 
-SELECT s.server_version, pgbroker.latest_version()::bigint AS record_version, n.total_count,
+SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
        coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
        coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
-FROM pgbroker.state s
+FROM pgbroker.versions v
 CROSS JOIN (
   SELECT coalesce(sum(t.record_count), 0)::bigint AS total_count FROM pgbroker.record_types t
 ) n
@@ -48,10 +48,10 @@ type QueryAllRow struct {
 // variables. Matching keys are collected and counted before any payload is read.
 // Every record of a type, or of all types; counted without a scan.
 //
-//	SELECT s.server_version, pgbroker.latest_version()::bigint AS record_version, n.total_count,
+//	SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
 //	       coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
 //	       coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
-//	FROM pgbroker.state s
+//	FROM pgbroker.versions v
 //	CROSS JOIN (
 //	  SELECT coalesce(sum(t.record_count), 0)::bigint AS total_count FROM pgbroker.record_types t
 //	) n
@@ -98,10 +98,10 @@ WITH matched AS MATERIALIZED (
            jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text), true))
     AND ($6::text = '' OR strpos(r.search_text, $6::text) > 0)
 )
-SELECT s.server_version, pgbroker.latest_version()::bigint AS record_version, n.total_count,
+SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
        coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
        coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
-FROM pgbroker.state s
+FROM pgbroker.versions v
 CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
 LEFT JOIN (
   SELECT p.type, p.id, p.version, p.modified_at, p.expires_at, p.index_cidr, p.index_fields, p.payload, p.data, p.search_text FROM (SELECT type, id FROM matched ORDER BY matched.type, matched.id OFFSET $1::bigint LIMIT $2::bigint) m
@@ -141,10 +141,10 @@ type QueryFieldRow struct {
 //	           jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text), true))
 //	    AND ($6::text = '' OR strpos(r.search_text, $6::text) > 0)
 //	)
-//	SELECT s.server_version, pgbroker.latest_version()::bigint AS record_version, n.total_count,
+//	SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
 //	       coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
 //	       coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
-//	FROM pgbroker.state s
+//	FROM pgbroker.versions v
 //	CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
 //	LEFT JOIN (
 //	  SELECT p.type, p.id, p.version, p.modified_at, p.expires_at, p.index_cidr, p.index_fields, p.payload, p.data, p.search_text FROM (SELECT type, id FROM matched ORDER BY matched.type, matched.id OFFSET $1::bigint LIMIT $2::bigint) m
@@ -188,11 +188,11 @@ func (q *Queries) QueryField(ctx context.Context, arg QueryFieldParams) ([]Query
 }
 
 const queryID = `-- name: QueryID :many
-SELECT s.server_version, pgbroker.latest_version()::bigint AS record_version,
-       count(r.version) OVER () AS total_count,
+SELECT v.server_version, v.latest_version::bigint AS record_version,
+       CASE WHEN r.version IS NULL THEN 0 ELSE 1 END::bigint AS total_count,
        coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
        coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
-FROM pgbroker.state s
+FROM pgbroker.versions v
 LEFT JOIN pgbroker.records r ON r.type = $1 AND r.id = $2
 `
 
@@ -214,11 +214,11 @@ type QueryIDRow struct {
 
 // The record of a type and id: what a proxy asks for on each request.
 //
-//	SELECT s.server_version, pgbroker.latest_version()::bigint AS record_version,
-//	       count(r.version) OVER () AS total_count,
+//	SELECT v.server_version, v.latest_version::bigint AS record_version,
+//	       CASE WHEN r.version IS NULL THEN 0 ELSE 1 END::bigint AS total_count,
 //	       coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
 //	       coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
-//	FROM pgbroker.state s
+//	FROM pgbroker.versions v
 //	LEFT JOIN pgbroker.records r ON r.type = $1 AND r.id = $2
 func (q *Queries) QueryID(ctx context.Context, arg QueryIDParams) ([]QueryIDRow, error) {
 	rows, err := q.db.Query(ctx, queryID, arg.Type, arg.ID)
@@ -272,10 +272,10 @@ matched AS MATERIALIZED (
            jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text), true))
     AND ($7::text = '' OR strpos(r.search_text, $7::text) > 0)
 )
-SELECT s.server_version, pgbroker.latest_version()::bigint AS record_version, n.total_count,
+SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
        coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
        coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
-FROM pgbroker.state s
+FROM pgbroker.versions v
 CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
 LEFT JOIN (
   SELECT p.type, p.id, p.version, p.modified_at, p.expires_at, p.index_cidr, p.index_fields, p.payload, p.data, p.search_text FROM (SELECT type, id FROM matched ORDER BY matched.type, matched.id OFFSET $1::bigint LIMIT $2::bigint) m
@@ -330,10 +330,10 @@ type QueryKeysRow struct {
 //	           jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text), true))
 //	    AND ($7::text = '' OR strpos(r.search_text, $7::text) > 0)
 //	)
-//	SELECT s.server_version, pgbroker.latest_version()::bigint AS record_version, n.total_count,
+//	SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
 //	       coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
 //	       coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
-//	FROM pgbroker.state s
+//	FROM pgbroker.versions v
 //	CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
 //	LEFT JOIN (
 //	  SELECT p.type, p.id, p.version, p.modified_at, p.expires_at, p.index_cidr, p.index_fields, p.payload, p.data, p.search_text FROM (SELECT type, id FROM matched ORDER BY matched.type, matched.id OFFSET $1::bigint LIMIT $2::bigint) m
@@ -386,10 +386,10 @@ WITH matched AS MATERIALIZED (
            jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text), true))
     AND ($5::text = '' OR strpos(r.search_text, $5::text) > 0)
 )
-SELECT s.server_version, pgbroker.latest_version()::bigint AS record_version, n.total_count,
+SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
        coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
        coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
-FROM pgbroker.state s
+FROM pgbroker.versions v
 CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
 LEFT JOIN (
   SELECT p.type, p.id, p.version, p.modified_at, p.expires_at, p.index_cidr, p.index_fields, p.payload, p.data, p.search_text FROM (SELECT type, id FROM matched ORDER BY matched.type, matched.id OFFSET $1::bigint LIMIT $2::bigint) m
@@ -427,10 +427,10 @@ type QueryScanRow struct {
 //	           jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text), true))
 //	    AND ($5::text = '' OR strpos(r.search_text, $5::text) > 0)
 //	)
-//	SELECT s.server_version, pgbroker.latest_version()::bigint AS record_version, n.total_count,
+//	SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
 //	       coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
 //	       coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
-//	FROM pgbroker.state s
+//	FROM pgbroker.versions v
 //	CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
 //	LEFT JOIN (
 //	  SELECT p.type, p.id, p.version, p.modified_at, p.expires_at, p.index_cidr, p.index_fields, p.payload, p.data, p.search_text FROM (SELECT type, id FROM matched ORDER BY matched.type, matched.id OFFSET $1::bigint LIMIT $2::bigint) m
@@ -473,10 +473,10 @@ func (q *Queries) QueryScan(ctx context.Context, arg QueryScanParams) ([]QuerySc
 }
 
 const queryType = `-- name: QueryType :many
-SELECT s.server_version, pgbroker.latest_version()::bigint AS record_version, n.total_count,
+SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
        coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
        coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
-FROM pgbroker.state s
+FROM pgbroker.versions v
 CROSS JOIN (
   SELECT coalesce(sum(t.record_count), 0)::bigint AS total_count FROM pgbroker.record_types t WHERE t.type = $1
 ) n
@@ -505,10 +505,10 @@ type QueryTypeRow struct {
 
 // QueryType
 //
-//	SELECT s.server_version, pgbroker.latest_version()::bigint AS record_version, n.total_count,
+//	SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
 //	       coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
 //	       coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
-//	FROM pgbroker.state s
+//	FROM pgbroker.versions v
 //	CROSS JOIN (
 //	  SELECT coalesce(sum(t.record_count), 0)::bigint AS total_count FROM pgbroker.record_types t WHERE t.type = $1
 //	) n

@@ -22,9 +22,8 @@ func (q *Queries) StateEnterEpoch(ctx context.Context) error {
 }
 
 const stateGet = `-- name: StateGet :one
-SELECT s.server_version, s.options_version, pgbroker.latest_version()::bigint AS latest_version,
-       coalesce((SELECT min(c.version) FROM pgbroker.changes c), 0)::bigint AS earliest_version
-FROM pgbroker.state s
+SELECT server_version, options_version, latest_version::bigint AS latest_version, earliest_version::bigint AS earliest_version
+FROM pgbroker.versions
 `
 
 type StateGetRow struct {
@@ -36,9 +35,8 @@ type StateGetRow struct {
 
 // StateGet
 //
-//	SELECT s.server_version, s.options_version, pgbroker.latest_version()::bigint AS latest_version,
-//	       coalesce((SELECT min(c.version) FROM pgbroker.changes c), 0)::bigint AS earliest_version
-//	FROM pgbroker.state s
+//	SELECT server_version, options_version, latest_version::bigint AS latest_version, earliest_version::bigint AS earliest_version
+//	FROM pgbroker.versions
 func (q *Queries) StateGet(ctx context.Context) (StateGetRow, error) {
 	row := q.db.QueryRow(ctx, stateGet)
 	var i StateGetRow

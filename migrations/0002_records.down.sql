@@ -1,4 +1,4 @@
-DROP FUNCTION pgbroker.latest_version();
+DROP VIEW pgbroker.versions;
 DROP TABLE pgbroker.changes;
 DROP TABLE pgbroker.records;
 DROP TABLE pgbroker.record_types;

@@ -90,9 +90,16 @@ COMMENT ON INDEX pgbroker.changes_live IS 'Capacity and TTL: the least recently 
 CREATE INDEX changes_tombstones ON pgbroker.changes (version) WHERE deleted;
 COMMENT ON INDEX pgbroker.changes_tombstones IS 'Retention: the oldest tombstones.';
 
-CREATE FUNCTION pgbroker.latest_version() RETURNS bigint
-  LANGUAGE sql STABLE
-  BEGIN ATOMIC
-    SELECT greatest((SELECT max(c.version) FROM pgbroker.changes c), (SELECT s.base_version FROM pgbroker.state s));
-  END;
-COMMENT ON FUNCTION pgbroker.latest_version() IS 'The highest record version visible to the caller; whoever sees it sees every lower one.';
+CREATE VIEW pgbroker.versions AS
+  SELECT
+    s.server_version,
+    greatest((SELECT max(c.version) FROM pgbroker.changes c), s.base_version) AS latest_version,
+    coalesce((SELECT min(c.version) FROM pgbroker.changes c), 0)              AS earliest_version,
+    s.options_version
+  FROM pgbroker.state s;
+COMMENT ON VIEW pgbroker.versions IS 'One row: where the data set stands.';
+COMMENT ON COLUMN pgbroker.versions.server_version IS 'Identity of the data set.';
+COMMENT ON COLUMN pgbroker.versions.latest_version IS
+  'The highest record version visible to the caller; whoever sees it sees every lower one.';
+COMMENT ON COLUMN pgbroker.versions.earliest_version IS 'The lowest record version in the change log; 0 if it is empty.';
+COMMENT ON COLUMN pgbroker.versions.options_version IS 'Raised by every change of options.';

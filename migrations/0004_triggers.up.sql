@@ -9,7 +9,7 @@
 CREATE FUNCTION pgbroker.begin_epoch() RETURNS void
   LANGUAGE plpgsql AS $$
 DECLARE
-  survived bigint := pgbroker.latest_version();
+  survived bigint := (SELECT latest_version FROM pgbroker.versions);
   issued   bigint := (SELECT last_value FROM pgbroker.record_version);
   first    bigint;
 BEGIN
@@ -29,6 +29,11 @@ COMMENT ON FUNCTION pgbroker.begin_epoch() IS
 
 CREATE FUNCTION pgbroker.lock_order() RETURNS void
   LANGUAGE plpgsql AS $$
+DECLARE
+  -- In variables, so that the planner does not expect to compute them for every row of a table that has
+  -- one, and compiles nothing (JIT) for it.
+  present_timeline bigint := pgbroker.current_timeline();
+  present_system   bigint := pgbroker.current_system_identifier();
 BEGIN
   -- Versions are assigned under this lock and it is held to the end of the transaction, so they become
   -- visible in the order in which they are assigned. A transaction that notifies serialises its commit
@@ -36,7 +41,7 @@ BEGIN
   PERFORM pg_advisory_xact_lock(7236837420591218);
   IF NOT EXISTS (
     SELECT FROM pgbroker.state s
-    WHERE s.timeline = pgbroker.current_timeline() AND s.system_identifier = pgbroker.current_system_identifier()
+    WHERE s.timeline = present_timeline AND s.system_identifier = present_system
   ) THEN
     PERFORM pgbroker.begin_epoch();
   END IF;

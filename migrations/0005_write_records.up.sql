@@ -63,7 +63,7 @@ BEGIN
   END IF;
 
   IF true = ANY (deletes) THEN
-    before := pgbroker.latest_version();
+    before := (SELECT latest_version FROM pgbroker.versions);
     DELETE FROM pgbroker.records AS r
       USING unnest(types, ids, deletes, requests) AS i (type, id, delete, request)
       WHERE r.type = i.type AND r.id = i.id AND i.delete AND i.request <> ALL (conflicts);

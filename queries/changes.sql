@@ -4,12 +4,12 @@
 -- latest_version is the end of the log in the same snapshot; purged_version the highest tombstone that is
 -- missing from it: a reader below that may have missed a deletion. lost says that a failover or restore has
 -- undone the version read from.
-SELECT s.server_version, s.options_version, pgbroker.latest_version()::bigint AS latest_version,
+SELECT v.server_version, v.options_version, v.latest_version::bigint AS latest_version,
        coalesce(g.purged_version, 0)::bigint AS purged_version,
        EXISTS (SELECT FROM pgbroker.epochs e WHERE e.last_version < @after AND @after < e.first_version)::boolean AS lost,
        coalesce(c.version, 0)::bigint AS version, coalesce(c.type, '')::text AS type, coalesce(c.id, '')::text AS id,
        coalesce(c.changed_at, 'epoch')::timestamptz AS changed_at, coalesce(c.deleted, false)::boolean AS deleted, c.payload
-FROM pgbroker.state s
+FROM pgbroker.versions v
 CROSS JOIN (
   SELECT max(t.purged_version) AS purged_version FROM pgbroker.record_types t
   WHERE @type::text = '' OR t.type = @type::text
@@ -37,7 +37,7 @@ ORDER BY c.version;
 -- latest version. Notes per type how far, so that a stream that might have missed one starts over.
 WITH oldest AS (
   SELECT c.version, c.changed_at FROM pgbroker.changes c
-  WHERE c.deleted AND c.version < pgbroker.latest_version()
+  WHERE c.deleted AND c.version < (SELECT v.latest_version FROM pgbroker.versions v)
   ORDER BY c.version LIMIT @max_rows
 ),
 purged AS (

@@ -6,10 +6,10 @@
 
 -- name: QueryAll :many
 -- Every record of a type, or of all types; counted without a scan.
-SELECT s.server_version, pgbroker.latest_version()::bigint AS record_version, n.total_count,
+SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
        coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
        coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
-FROM pgbroker.state s
+FROM pgbroker.versions v
 CROSS JOIN (
   SELECT coalesce(sum(t.record_count), 0)::bigint AS total_count FROM pgbroker.record_types t
 ) n
@@ -19,10 +19,10 @@ LEFT JOIN (
 ORDER BY r.type, r.id;
 
 -- name: QueryType :many
-SELECT s.server_version, pgbroker.latest_version()::bigint AS record_version, n.total_count,
+SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
        coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
        coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
-FROM pgbroker.state s
+FROM pgbroker.versions v
 CROSS JOIN (
   SELECT coalesce(sum(t.record_count), 0)::bigint AS total_count FROM pgbroker.record_types t WHERE t.type = @type
 ) n
@@ -33,11 +33,11 @@ ORDER BY r.id;
 
 -- name: QueryID :many
 -- The record of a type and id: what a proxy asks for on each request.
-SELECT s.server_version, pgbroker.latest_version()::bigint AS record_version,
-       count(r.version) OVER () AS total_count,
+SELECT v.server_version, v.latest_version::bigint AS record_version,
+       CASE WHEN r.version IS NULL THEN 0 ELSE 1 END::bigint AS total_count,
        coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
        coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
-FROM pgbroker.state s
+FROM pgbroker.versions v
 LEFT JOIN pgbroker.records r ON r.type = @type AND r.id = @id;
 
 -- name: QueryKeys :many
@@ -65,10 +65,10 @@ matched AS MATERIALIZED (
            jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text), true))
     AND (@search::text = '' OR strpos(r.search_text, @search::text) > 0)
 )
-SELECT s.server_version, pgbroker.latest_version()::bigint AS record_version, n.total_count,
+SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
        coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
        coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
-FROM pgbroker.state s
+FROM pgbroker.versions v
 CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
 LEFT JOIN (
   SELECT p.* FROM (SELECT * FROM matched ORDER BY matched.type, matched.id OFFSET @skip::bigint LIMIT @max_rows::bigint) m
@@ -87,10 +87,10 @@ WITH matched AS MATERIALIZED (
            jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text), true))
     AND (@search::text = '' OR strpos(r.search_text, @search::text) > 0)
 )
-SELECT s.server_version, pgbroker.latest_version()::bigint AS record_version, n.total_count,
+SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
        coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
        coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
-FROM pgbroker.state s
+FROM pgbroker.versions v
 CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
 LEFT JOIN (
   SELECT p.* FROM (SELECT * FROM matched ORDER BY matched.type, matched.id OFFSET @skip::bigint LIMIT @max_rows::bigint) m
@@ -108,10 +108,10 @@ WITH matched AS MATERIALIZED (
            jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text), true))
     AND (@search::text = '' OR strpos(r.search_text, @search::text) > 0)
 )
-SELECT s.server_version, pgbroker.latest_version()::bigint AS record_version, n.total_count,
+SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
        coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
        coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
-FROM pgbroker.state s
+FROM pgbroker.versions v
 CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
 LEFT JOIN (
   SELECT p.* FROM (SELECT * FROM matched ORDER BY matched.type, matched.id OFFSET @skip::bigint LIMIT @max_rows::bigint) m

@@ -1,7 +1,6 @@
 -- name: StateGet :one
-SELECT s.server_version, s.options_version, pgbroker.latest_version()::bigint AS latest_version,
-       coalesce((SELECT min(c.version) FROM pgbroker.changes c), 0)::bigint AS earliest_version
-FROM pgbroker.state s;
+SELECT server_version, options_version, latest_version::bigint AS latest_version, earliest_version::bigint AS earliest_version
+FROM pgbroker.versions;
 
 -- name: StateEnterEpoch :exec
 -- Begins an epoch if the server or its timeline has changed since the last write.
