@@ -99,6 +99,7 @@ type Server struct {
 	metrics   *metrics
 	grpc      *grpc.Server
 	health    *health.Server
+	snapshots chan struct{} // one per open snapshot of SyncLatest
 
 	stopping context.Context // ends when streams shall
 	stop     context.CancelFunc
@@ -128,6 +129,7 @@ func New(config Config) (*Server, error) {
 		writer:    newWriter(config.DB, config.RequestTimeout),
 		metrics:   newMetrics(),
 		health:    health.NewServer(),
+		snapshots: make(chan struct{}, max(1, int(config.DB.Config().MaxConns)/2)),
 	}
 	// Until the database has been read.
 	s.health.SetServingStatus("", grpc_health_v1.HealthCheckResponse_NOT_SERVING)

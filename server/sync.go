@@ -3,13 +3,11 @@ package server
 import (
 	"context"
 	"errors"
-	"fmt"
 	"math"
 	"slices"
 	"strings"
 	"time"
 
-	"github.com/jackc/pgx/v5"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 
@@ -73,17 +71,6 @@ func (s *brokerServer) Sync(request *databroker.SyncRequest, stream grpc.ServerS
 	}
 }
 
-// Bounds of a page of SyncLatest.
-const (
-	pageRows  = 2000
-	pageBytes = 2 << 20
-)
-
-// maxSnapshotAge is how long SyncLatest reads from one snapshot. A client that takes longer goes on from a
-// newer one: what has changed in between it may get now and gets again from Sync. It is a variable for
-// tests.
-var maxSnapshotAge = 30 * time.Second
-
 // SyncLatest sends every live record in the order of types and ids, then options, and last the versions
 // with which to call Sync.
 func (s *brokerServer) SyncLatest(request *databroker.SyncLatestRequest, stream grpc.ServerStreamingServer[databroker.SyncLatestResponse]) error {
@@ -92,31 +79,28 @@ func (s *brokerServer) SyncLatest(request *databroker.SyncLatestRequest, stream 
 	if err := checkText("type", request.Type, maxTypeBytes); err != nil {
 		return err
 	}
-	var versions *databroker.Versions
-	var typed []db.OptionsListRow
-	from := key{recordType: request.Type}
-	for more := true; more; {
-		err := s.snapshot(ctx, func(ctx context.Context, queries *db.Queries) error {
-			if versions == nil {
-				state, err := queries.StateGet(ctx)
-				if err != nil {
-					return err
-				}
-				if typed, err = queries.OptionsList(ctx); err != nil {
-					return err
-				}
-				versions = &databroker.Versions{
-					ServerVersion: uint64(state.ServerVersion), LatestRecordVersion: uint64(state.LatestVersion),
-				}
-			}
-			var err error
-			more, err = sendPages(ctx, queries, request.Type, &from, stream)
-			return err
-		})
-		if err != nil {
-			return s.streamError(ctx, fmt.Errorf("read records: %w", err))
-		}
+	snapshot := s.newSnapshot()
+	defer snapshot.close()
+	state, typed, err := snapshot.state(ctx)
+	if err != nil {
+		return s.streamError(ctx, err)
 	}
+	for from := (key{recordType: request.Type}); ; {
+		page, err := snapshot.page(ctx, request.Type, from)
+		if err != nil {
+			return s.streamError(ctx, err)
+		}
+		if len(page) == 0 {
+			break
+		}
+		if err := sendPage(snapshot, page, stream); err != nil {
+			return err
+		}
+		last := &page[len(page)-1]
+		// No text sorts between a text and the same followed by U+0001, the lowest character there is.
+		from = key{last.Type, last.ID + "\x01"}
+	}
+	snapshot.close()
 	options := optionsSender{
 		recordType: request.Type,
 		send: func(o *databroker.TypedOptions) error {
@@ -126,55 +110,25 @@ func (s *brokerServer) SyncLatest(request *databroker.SyncLatestRequest, stream 
 	if err := options.sendRows(typed); err != nil {
 		return err
 	}
+	versions := &databroker.Versions{
+		ServerVersion: uint64(state.ServerVersion), LatestRecordVersion: uint64(state.LatestVersion),
+	}
 	return stream.Send(&databroker.SyncLatestResponse{Response: &databroker.SyncLatestResponse_Versions{Versions: versions}})
 }
 
-// snapshot runs a function in which all reads see the same state of the database.
-func (s *brokerServer) snapshot(ctx context.Context, read func(context.Context, *db.Queries) error) error {
-	options := pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly}
-	return pgx.BeginTxFunc(ctx, s.db.Pool, options, func(tx pgx.Tx) error { return read(ctx, db.New(tx)) })
-}
-
-// sendPages reads page by page, and sends each after it has been read, until the end or until the
-// snapshot is too old. It moves from on, and reports whether there is more.
-func sendPages(ctx context.Context, queries *db.Queries, recordType string, from *key, stream grpc.ServerStream) (more bool, err error) {
-	start := time.Now()
-	for {
-		page, err := readPage(ctx, queries, recordType, *from)
-		if err != nil {
-			return false, err
-		}
-		if len(page) == 0 {
-			return false, nil
-		}
-		for i := range page {
-			row := &page[i]
-			message := encodeResponse(&wireRecord{
-				version: row.Version, recordType: row.Type, id: row.ID, payload: row.Payload, modifiedAt: row.ModifiedAt,
-			})
-			if err := stream.SendMsg(message); err != nil {
-				return false, err
-			}
-		}
-		last := &page[len(page)-1]
-		// No text sorts between a text and the same followed by U+0001, the lowest character there is.
-		*from = key{last.Type, last.ID + "\x01"}
-		if time.Since(start) > maxSnapshotAge {
-			return true, nil
-		}
-	}
-}
-
-func readPage(ctx context.Context, queries *db.Queries, recordType string, from key) ([]db.RecordsPageRow, error) {
-	if recordType == "" {
-		return queries.RecordsPage(ctx, db.RecordsPageParams{
-			FromType: from.recordType, FromID: from.id, MaxRows: pageRows, MaxBytes: pageBytes,
+func sendPage(snapshot *snapshot, page []db.RecordsPageRow, stream grpc.ServerStream) error {
+	stalled := time.AfterFunc(maxSendTime, snapshot.close)
+	defer stalled.Stop()
+	for i := range page {
+		row := &page[i]
+		message := encodeResponse(&wireRecord{
+			version: row.Version, recordType: row.Type, id: row.ID, payload: row.Payload, modifiedAt: row.ModifiedAt,
 		})
+		if err := stream.SendMsg(message); err != nil {
+			return err
+		}
 	}
-	rows, err := queries.RecordsPageOfType(ctx, db.RecordsPageOfTypeParams{
-		Type: recordType, FromID: from.id, MaxRows: pageRows, MaxBytes: pageBytes,
-	})
-	return convertRows(rows, func(r db.RecordsPageOfTypeRow) db.RecordsPageRow { return db.RecordsPageRow(r) }), err
+	return nil
 }
 
 // optionsSender sends the options of a stream's types, and later those that have changed.

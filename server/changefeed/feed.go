@@ -115,7 +115,7 @@ func New(config Config) *Feed {
 		config:  config,
 		logger:  config.Logger,
 		wake:    make(chan struct{}, 1),
-		catchUp: make(chan struct{}, 4),
+		catchUp: make(chan struct{}, 2),
 	}
 	f.listener = &listener{
 		connect: config.Listen,

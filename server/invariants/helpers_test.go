@@ -4,6 +4,7 @@ package invariants
 
 import (
 	"bytes"
+	"runtime"
 	"sync"
 	"testing"
 
@@ -62,3 +63,6 @@ func (w *syncWriter) Write(p []byte) (int, error) {
 	defer w.mu.Unlock()
 	return w.buffer.Write(p)
 }
+
+// yield lets others run.
+func yield() { runtime.Gosched() }

@@ -3,6 +3,7 @@
 package servertest
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
@@ -39,6 +40,8 @@ type Broker struct {
 type Options struct {
 	// Replicas is how many to start; 0 means one.
 	Replicas int
+	// Address is where Start listens; "" is any free port of the loopback interface.
+	Address string
 	// Configure changes the configuration of each replica before it starts.
 	Configure func(*server.Config)
 	// ConfigureDB changes how each replica opens the database.
@@ -92,7 +95,7 @@ func Start(t testing.TB, connString string, options Options) *Replica {
 	if err != nil {
 		t.Fatalf("new server: %v", err)
 	}
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	listener, err := net.Listen("tcp", cmp.Or(options.Address, "127.0.0.1:0"))
 	if err != nil {
 		t.Fatalf("listen: %v", err)
 	}
