@@ -36,8 +36,8 @@ func (o oracle) project(md protoreflect.MessageDescriptor, wire []byte) (data an
 		return nil, nil, err
 	}
 	m := mt.New()
-	if err := (proto.UnmarshalOptions{AllowPartial: true, Resolver: o.types}).Unmarshal(wire, m.Interface()); err != nil {
-		return nil, nil, err
+	if !New(o.types).unmarshal(wire, m) {
+		return nil, nil, errBadData
 	}
 	o.redact(m)
 	search = o.search(m, nil)
@@ -66,7 +66,7 @@ func (o oracle) redact(m protoreflect.Message) {
 			return
 		}
 		inner := mt.New()
-		if (proto.UnmarshalOptions{AllowPartial: true, Resolver: o.types}).Unmarshal(m.Get(value).Bytes(), inner.Interface()) != nil {
+		if !New(o.types).unmarshal(m.Get(value).Bytes(), inner) {
 			return
 		}
 		o.redact(inner)

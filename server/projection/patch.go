@@ -30,8 +30,11 @@ var ErrInvalidPatch = errors.New("invalid patch")
 // dst itself. Fields of dst that are unknown are kept. Errors wrap ErrInvalidPatch and contain no field values.
 func (p *Projector) Patch(dst, src []byte, mask *fieldmaskpb.FieldMask) ([]byte, error) {
 	tree, err := newMaskTree(mask.GetPaths())
-	if err != nil || len(tree) == 0 {
-		return dst, err
+	if err != nil {
+		return nil, err
+	}
+	if len(tree) == 0 {
+		return dst, nil
 	}
 	to, err := p.decode(dst)
 	if err != nil {
@@ -79,10 +82,22 @@ func (p *Projector) decode(payload []byte) (protoreflect.Message, error) {
 		return nil, fmt.Errorf("unknown type %q", url)
 	}
 	m := mt.New()
-	if (proto.UnmarshalOptions{AllowPartial: true, Resolver: p.types}).Unmarshal(value, m.Interface()) != nil {
+	if !p.unmarshal(value, m) {
 		return nil, fmt.Errorf("%w (%s)", errBadData, m.Descriptor().FullName())
 	}
 	return m, nil
+}
+
+// unmarshal decodes a message, which a client has sent and may have made up to do harm: decoding into dynamic messages
+// panics on a map entry whose key is there twice, the second time with the wrong wire type (seen with protobuf
+// v1.36.12; generated messages are immune).
+func (p *Projector) unmarshal(b []byte, m protoreflect.Message) (ok bool) {
+	defer func() {
+		if recover() != nil {
+			ok = false
+		}
+	}()
+	return (proto.UnmarshalOptions{AllowPartial: true, Resolver: p.types}).Unmarshal(b, m.Interface()) == nil
 }
 
 // replaceValue returns the serialized Any with another value and everything else as it was.

@@ -216,23 +216,64 @@ func TestProject(t *testing.T) {
 }
 
 func BenchmarkProject(b *testing.B) {
-	p := New(nil)
-	user, err := structpb.NewStruct(map[string]any{
-		"id": "u1", "email": "ann@example.com", "display_name": "Ann Example", "group_ids": []any{"g1", "g2", "g3"},
-	})
-	if err != nil {
-		b.Fatal(err)
-	}
-	for name, m := range map[string]proto.Message{"session": testSession(), "struct": user} {
-		payload := serialize(b, m)
+	loaded := New(testTypes(b))
+	for name, c := range map[string]struct {
+		p *Projector
+		m proto.Message
+	}{
+		"session":        {New(nil), testSession()},
+		"struct":         {New(nil), parseStruct(b, benchmarkStruct)},
+		"loaded-struct":  {loaded, parseStruct(b, benchmarkStruct)}, // of a type known by its descriptor only
+		"indexed-struct": {New(nil), parseStruct(b, `{"$index":{"cidr":"203.0.113.0/24"},"country":"NL","city":"Utrecht"}`)},
+	} {
+		payload := serialize(b, c.m)
 		b.Run(name, func(b *testing.B) {
 			b.ReportAllocs()
 			b.SetBytes(int64(len(payload)))
 			for b.Loop() {
-				if p.Project(payload).Data == nil {
+				if c.p.Project(payload).Data == nil {
 					b.Fatal("no projection")
 				}
 			}
 		})
+	}
+}
+
+const benchmarkStruct = `{"id":"u1","email":"ann@example.com","display_name":"Ann Example","group_ids":["g1","g2","g3"]}`
+
+// BenchmarkLibrary is the road not taken (see walker): the same by means of protojson.
+func BenchmarkLibrary(b *testing.B) {
+	for name, m := range map[string]proto.Message{"session": testSession(), "struct": parseStruct(b, benchmarkStruct)} {
+		o := oracle{New(nil).types}
+		value := nestedAny(b, m).Value
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				m := m.ProtoReflect().New()
+				if err := proto.Unmarshal(value, m.Interface()); err != nil {
+					b.Fatal(err)
+				}
+				o.redact(m)
+				strings.ToLower(strings.Join(o.search(m, nil), "\x1f"))
+				js, err := protojson.MarshalOptions{UseProtoNames: true}.Marshal(m.Interface())
+				if err != nil {
+					b.Fatal(err)
+				}
+				var compacted bytes.Buffer
+				json.Compact(&compacted, js)
+			}
+		})
+	}
+}
+
+func BenchmarkPatch(b *testing.B) {
+	p := New(nil)
+	dst, src := serialize(b, testSession()), serialize(b, &session.Session{AccessedAt: timestamppb.Now()})
+	m := mask("accessed_at")
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := p.Patch(dst, src, m); err != nil {
+			b.Fatal(err)
+		}
 	}
 }

@@ -158,7 +158,7 @@ func (w *walker) collect(pl *plan, b []byte) (base int) {
 			continue
 		case typ == f.wire:
 			w.stack = append(w.stack, v)
-		case f.list && typ == protowire.BytesType && f.wire != protowire.StartGroupType:
+		case f.list && typ == protowire.BytesType:
 			w.unpack(f, v.bytes)
 		default:
 			continue

@@ -1,0 +1,196 @@
+package dbtest
+
+import (
+	"context"
+	"maps"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"pgbroker/db/embedded"
+)
+
+// Password is the password of the user of every server that Server starts, so
+// that one connection string can name several of them.
+const Password = "dbtest-password"
+
+// Postgres is a server of one test, to be stopped and killed at will. Unlike
+// one for databases, it commits synchronously: what it has acknowledged
+// survives Kill.
+type Postgres struct {
+	t      testing.TB
+	server *embedded.Server
+}
+
+// Server starts a private server with further settings, which may be nil. It
+// listens on a port of 127.0.0.1, which stays the same through restarts, and on
+// a socket. It is removed when the test ends. Its database pgbroker is empty.
+//
+// The test is skipped, or failed if CI=true, when there are no server binaries.
+func Server(t testing.TB, settings map[string]string) *Postgres {
+	t.Helper()
+	return start(t, embedded.Config{Settings: settings})
+}
+
+// Standby starts a streaming standby of the server.
+func (p *Postgres) Standby(settings map[string]string) *Postgres {
+	p.t.Helper()
+	return start(p.t, embedded.Config{Settings: settings, StandbyOf: p.SocketConnString()})
+}
+
+func start(t testing.TB, cfg embedded.Config) *Postgres {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	if _, err := embedded.Find(ctx); err != nil {
+		if os.Getenv("CI") == "true" {
+			t.Fatalf("dbtest: %v", err)
+		}
+		t.Skipf("dbtest: %v", err)
+	}
+	cfg.Ephemeral, cfg.TCP = true, true
+	settings := map[string]string{"synchronous_commit": "on", "max_locks_per_transaction": "256"}
+	maps.Copy(settings, cfg.Settings)
+	cfg.Settings = settings
+	server, err := embedded.Start(ctx, cfg)
+	if err != nil {
+		t.Fatalf("dbtest: %v", err)
+	}
+	p := &Postgres{t: t, server: server}
+	t.Cleanup(func() {
+		if t.Failed() {
+			if text, err := os.ReadFile(server.LogFile()); err == nil {
+				lines := strings.Split(strings.TrimSpace(string(text)), "\n")
+				t.Logf("dbtest: the log of the server on port %d ends with:\n%s", server.Port(),
+					strings.Join(lines[max(0, len(lines)-30):], "\n"))
+			}
+		}
+		if err := server.Stop(context.Background()); err != nil {
+			t.Errorf("dbtest: %v", err)
+		}
+	})
+	if cfg.StandbyOf == "" { // a standby has it from its primary
+		p.Exec("ALTER USER " + embedded.User + " PASSWORD '" + Password + "'")
+	}
+	return p
+}
+
+// Addr returns the address of the server, 127.0.0.1 and its port.
+func (p *Postgres) Addr() string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(p.server.Port())) }
+
+// ConnString returns the connection string of the server over TCP.
+func (p *Postgres) ConnString() string { return ConnString(p.Addr()) }
+
+// SocketConnString returns the connection string of the server over its
+// socket.
+func (p *Postgres) SocketConnString() string { return p.server.ConnString() }
+
+// Dir returns the directory of the server's files, which belongs to the user
+// that it runs as.
+func (p *Postgres) Dir() string { return filepath.Join(p.server.Dir(), "postgres") }
+
+// ConnString returns a connection string that names several addresses, of
+// servers that Server has started or of nobody, in the given order.
+func ConnString(addrs ...string) string {
+	u := url.URL{
+		Scheme: "postgres", User: url.UserPassword(embedded.User, Password),
+		Host: strings.Join(addrs, ","), Path: "/" + embedded.Database, RawQuery: "sslmode=disable",
+	}
+	return u.String()
+}
+
+// Stop shuts the server down as an operator would. Its data stay for Restart.
+func (p *Postgres) Stop() {
+	p.t.Helper()
+	p.end(syscall.SIGINT)
+}
+
+// Kill kills the server as the kernel would that is out of memory. Its
+// sessions end within moments by themselves, and its data stay for Restart.
+func (p *Postgres) Kill() {
+	p.t.Helper()
+	p.end(syscall.SIGKILL)
+}
+
+func (p *Postgres) end(sig syscall.Signal) {
+	p.t.Helper()
+	if err := syscall.Kill(p.server.PID(), sig); err != nil {
+		p.t.Fatalf("dbtest: end the server on %s: %v", p.Addr(), err)
+	}
+	select {
+	case <-p.server.Done():
+	case <-time.After(patience):
+		p.t.Fatalf("dbtest: the server on %s does not end", p.Addr())
+	}
+}
+
+// Restart starts the server again after Stop or Kill, at the same address.
+func (p *Postgres) Restart() {
+	p.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	if err := p.server.Restart(ctx); err != nil {
+		p.t.Fatalf("dbtest: %v", err)
+	}
+}
+
+// Promote makes a standby a primary, on a new timeline, and returns when it
+// takes writes.
+func (p *Postgres) Promote() {
+	p.t.Helper()
+	p.Exec("SELECT pg_promote(true, 60)")
+}
+
+// CatchUp returns when the standby has replayed all that the primary has
+// committed so far.
+func (p *Postgres) CatchUp(primary *Postgres) {
+	p.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	from, to := primary.connect(ctx), p.connect(ctx)
+	defer from.Close(ctx)
+	defer to.Close(ctx)
+	var lsn string
+	err := from.QueryRow(ctx, "SELECT pg_current_wal_lsn()::text").Scan(&lsn)
+	for replayed := false; err == nil && !replayed; {
+		// Postgres tells nobody when replay gets somewhere.
+		err = to.QueryRow(ctx, "SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn FROM pg_sleep(0.01)", lsn).Scan(&replayed)
+	}
+	if err != nil {
+		p.t.Fatalf("dbtest: wait for the standby: %v", err)
+	}
+}
+
+// Exec runs statements on the server's database.
+func (p *Postgres) Exec(sql string) {
+	p.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	conn := p.connect(ctx)
+	defer conn.Close(ctx)
+	if _, err := conn.Exec(ctx, sql); err != nil {
+		p.t.Fatalf("dbtest: %s: %v", sql, err)
+	}
+}
+
+func (p *Postgres) connect(ctx context.Context) *pgx.Conn {
+	p.t.Helper()
+	cfg, err := pgx.ParseConfig(p.SocketConnString())
+	if err != nil {
+		p.t.Fatalf("dbtest: %v", err)
+	}
+	cfg.RuntimeParams["default_transaction_read_only"] = "off" // whatever the settings say
+	conn, err := pgx.ConnectConfig(ctx, cfg)
+	if err != nil {
+		p.t.Fatalf("dbtest: %v", err)
+	}
+	return conn
+}

@@ -1,0 +1,277 @@
+// Package db is the way to Postgres: a pool of connections that survives what
+// happens to servers (DB, written by hand), and the queries (Queries, generated
+// by sqlc from the directory queries).
+package db
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// Config says how to reach Postgres. Whatever a connection string itself sets,
+// be it about the session or the pool, has precedence over the fields here.
+type Config struct {
+	// ConnString is a connection string as libpq has it, a URI or keywords and
+	// values, with the pool settings of pgxpool (pool_max_conns and others).
+	// Several hosts without target_session_attrs mean read-write. Either this
+	// or ConnStringFile is needed.
+	ConnString string
+
+	// ConnStringFile is the path of a file that holds the connection string.
+	// It is read again for every new connection, so that a password can
+	// change; so are the files that a connection string names.
+	ConnStringFile string
+
+	// ListenerConnString and ListenerConnStringFile are the same for the
+	// connections that must not go through a pooler in transaction mode: that
+	// of Listen and those of migrations. Both empty: the main one.
+	ListenerConnString     string
+	ListenerConnStringFile string
+
+	// MaxConns is the size of the pool. Zero: the number of CPUs, but at least
+	// 4. The connection of Listen comes on top.
+	MaxConns int
+
+	// MinConns is the number of connections that are kept open. Zero: none.
+	MinConns int
+
+	// StatementTimeout ends statements that take longer. Zero: 8 s, which is
+	// less than clients wait, so that they learn what is wrong. Negative: what
+	// the server has set.
+	StatementTimeout time.Duration
+
+	// LockTimeout ends statements that wait for a lock longer. Zero: 5 s.
+	// Negative: what the server has set.
+	LockTimeout time.Duration
+
+	// IdleInTransactionTimeout ends sessions that leave a transaction open and
+	// do nothing, for others wait for it. Zero: 10 s. Negative: what the server
+	// has set.
+	IdleInTransactionTimeout time.Duration
+
+	// ApplicationName is what Postgres shows of the sessions. Empty:
+	// "pgbroker". The connection of Listen has "-listener" appended.
+	ApplicationName string
+
+	// NoSessionSettings keeps the settings above, but for ApplicationName, to
+	// itself: they are sent when a connection opens, and some poolers refuse
+	// that (pgbouncer does, unless ignore_startup_parameters names them). Set
+	// them with ALTER ROLE instead.
+	NoSessionSettings bool
+
+	// Logger is told when the server is lost and when it is back, and about
+	// doubtful settings. Nil: nothing is logged.
+	Logger *slog.Logger
+}
+
+const (
+	defaultStatementTimeout         = 8 * time.Second
+	defaultLockTimeout              = 5 * time.Second
+	defaultIdleInTransactionTimeout = 10 * time.Second
+	defaultApplicationName          = "pgbroker"
+
+	// defaultConnectTimeout is for one host of several: without it a host that
+	// does not answer would hide the next one.
+	defaultConnectTimeout = 5 * time.Second
+
+	// Connections do not live for ever, so that they spread over servers, and
+	// passwords and certificates that have expired go out of use.
+	defaultMaxConnLifetime = 30 * time.Minute
+
+	// defaultPingTimeout is for the ping of a connection that has been idle:
+	// one that leads nowhere is not waited for.
+	defaultPingTimeout = 3 * time.Second
+
+	// resetInterval is the least time between two resets of the pool, should
+	// even new connections turn out to be of no use.
+	resetInterval = time.Second
+)
+
+// DB is a pool of connections to Postgres that survives what happens to
+// servers: when one fails, restarts or loses its role, connections to it are
+// given up, and further use dials anew, slowly while nobody answers. Errors
+// then satisfy IsUnavailable; Retry and RetryRead repeat what may be repeated.
+type DB struct {
+	*pgxpool.Pool
+
+	cfg      Config
+	log      *slog.Logger
+	main     *source
+	listener *source // the same as main, or another
+
+	generation atomic.Int64 // counts resets; a connection knows its own
+	mu         sync.Mutex   // protects lastReset
+	lastReset  time.Time
+}
+
+// Open returns a DB. It does not need the server, which may come up later, but
+// refuses a configuration that cannot be right. Its errors do not repeat
+// connection strings, which may hold passwords.
+func Open(ctx context.Context, cfg Config) (*DB, error) {
+	d := &DB{cfg: cfg, log: cfg.Logger}
+	if d.log == nil {
+		d.log = slog.New(slog.DiscardHandler)
+	}
+	switch {
+	case cfg.MaxConns < 0 || cfg.MaxConns > 1e6:
+		return nil, fmt.Errorf("db: maximum of connections: got %d, allowed 0 (default) to 1000000", cfg.MaxConns)
+	case cfg.MinConns < 0 || cfg.MinConns > 1e6:
+		return nil, fmt.Errorf("db: minimum of connections: got %d, allowed 0 to 1000000", cfg.MinConns)
+	}
+
+	var err error
+	d.main, err = newSource("connection string", cfg.ConnString, cfg.ConnStringFile, cfg, d.log)
+	if err != nil {
+		return nil, err
+	}
+	d.listener = d.main
+	if cfg.ListenerConnString != "" || cfg.ListenerConnStringFile != "" {
+		d.listener, err = newSource("listener connection string", cfg.ListenerConnString, cfg.ListenerConnStringFile, cfg, d.log)
+		if err != nil {
+			return nil, err
+		}
+	}
+	pool := d.main.pool
+	if pool.MinConns > pool.MaxConns {
+		return nil, fmt.Errorf("db: minimum of connections: got %d, allowed 0 to the maximum of connections, %d", pool.MinConns, pool.MaxConns)
+	}
+	pool.BeforeConnect = d.beforeConnect
+	if d.Pool, err = pgxpool.NewWithConfig(ctx, pool); err != nil {
+		return nil, fmt.Errorf("db: open the pool: %w", err) // pgx parses nothing here
+	}
+	return d, nil
+}
+
+// beforeConnect prepares the dialling of one connection of the pool.
+func (d *DB) beforeConnect(ctx context.Context, cfg *pgx.ConnConfig) error {
+	if err := d.main.gate.enter(ctx); err != nil {
+		return err
+	}
+	*cfg = *d.main.current()
+	cfg.Tracer = &connTracer{db: d, generation: d.generation.Load()}
+	return nil
+}
+
+// Listen opens a connection for LISTEN, which is not one of the pool. The
+// caller closes it.
+func (d *DB) Listen(ctx context.Context) (*pgx.Conn, error) {
+	if err := d.listener.gate.enter(ctx); err != nil {
+		return nil, err
+	}
+	cfg := d.listener.current()
+	if !d.listener.named {
+		cfg.RuntimeParams["application_name"] += "-listener"
+	}
+	conn, err := pgx.ConnectConfig(ctx, cfg)
+	d.listener.gate.leave(err)
+	return conn, err
+}
+
+// ConnConfig returns the configuration of a direct connection, the one of
+// Listen, for package migrations.
+func (d *DB) ConnConfig() *pgx.ConnConfig { return d.listener.current() }
+
+// Resets returns how often the pool has given up all of its connections.
+func (d *DB) Resets() int64 { return d.generation.Load() }
+
+// Close closes all connections of the pool, when those in use are released.
+func (d *DB) Close() { d.Pool.Close() }
+
+// stale is told that a connection of a generation has met an error that says
+// that it, and probably its contemporaries, are of no use any more. Then all of
+// them go, those in use when they are released: target_session_attrs is
+// checked when a connection opens, so only new ones are certain to lead to the
+// right server.
+func (d *DB) stale(generation int64, reason error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	// One event breaks many connections. The first to say so is heard.
+	if generation != d.generation.Load() || time.Since(d.lastReset) < resetInterval {
+		return
+	}
+	d.lastReset = time.Now()
+	d.generation.Add(1)
+	d.Pool.Reset()
+	d.log.Warn("gave up all connections to postgres", "reason", reason)
+}
+
+// connTracer watches one connection of the pool. It sees every error, those
+// inside transactions and batches included.
+type connTracer struct {
+	db         *DB
+	generation int64
+}
+
+var (
+	_ pgx.QueryTracer    = (*connTracer)(nil)
+	_ pgx.BatchTracer    = (*connTracer)(nil)
+	_ pgx.CopyFromTracer = (*connTracer)(nil)
+	_ pgx.ConnectTracer  = (*connTracer)(nil)
+)
+
+func (t *connTracer) see(ctx context.Context, err error) {
+	// A context that ends breaks its connection, and what uses the connection
+	// afterwards (a rollback) finds it closed. That says nothing about others.
+	if err == nil || ctx.Err() != nil || errors.Is(err, pgconn.ErrConnClosed) || errors.Is(err, net.ErrClosed) {
+		return
+	}
+	if isStale(err) {
+		t.db.stale(t.generation, err)
+	}
+}
+
+// TraceQueryStart implements pgx.QueryTracer.
+func (t *connTracer) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQueryStartData) context.Context {
+	return ctx
+}
+
+// TraceQueryEnd implements pgx.QueryTracer.
+func (t *connTracer) TraceQueryEnd(ctx context.Context, _ *pgx.Conn, data pgx.TraceQueryEndData) {
+	t.see(ctx, data.Err)
+}
+
+// TraceBatchStart implements pgx.BatchTracer.
+func (t *connTracer) TraceBatchStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceBatchStartData) context.Context {
+	return ctx
+}
+
+// TraceBatchQuery implements pgx.BatchTracer.
+func (t *connTracer) TraceBatchQuery(ctx context.Context, _ *pgx.Conn, data pgx.TraceBatchQueryData) {
+	t.see(ctx, data.Err)
+}
+
+// TraceBatchEnd implements pgx.BatchTracer.
+func (t *connTracer) TraceBatchEnd(ctx context.Context, _ *pgx.Conn, data pgx.TraceBatchEndData) {
+	t.see(ctx, data.Err)
+}
+
+// TraceCopyFromStart implements pgx.CopyFromTracer.
+func (t *connTracer) TraceCopyFromStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceCopyFromStartData) context.Context {
+	return ctx
+}
+
+// TraceCopyFromEnd implements pgx.CopyFromTracer.
+func (t *connTracer) TraceCopyFromEnd(ctx context.Context, _ *pgx.Conn, data pgx.TraceCopyFromEndData) {
+	t.see(ctx, data.Err)
+}
+
+// TraceConnectStart implements pgx.ConnectTracer.
+func (t *connTracer) TraceConnectStart(ctx context.Context, _ pgx.TraceConnectStartData) context.Context {
+	return ctx
+}
+
+// TraceConnectEnd implements pgx.ConnectTracer. It ends what beforeConnect
+// began.
+func (t *connTracer) TraceConnectEnd(_ context.Context, data pgx.TraceConnectEndData) {
+	t.db.main.gate.leave(data.Err)
+}
