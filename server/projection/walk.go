@@ -158,7 +158,7 @@ func (w *walker) collect(pl *plan, b []byte) (base int) {
 			continue
 		case typ == f.wire:
 			w.stack = append(w.stack, v)
-		case f.list && typ == protowire.BytesType:
+		case f.list && typ == protowire.BytesType && f.wire != protowire.StartGroupType:
 			w.unpack(f, v.bytes)
 		default:
 			continue
@@ -545,8 +545,7 @@ func (w *walker) any(b []byte) {
 			w.state = fine
 			w.json, w.stack, w.entries = w.json[:mark], w.stack[:stack], w.entries[:entries]
 		}
-		w.quiet--
-	}
+		}
 	w.json = append(w.json, '}')
 }
 

@@ -1,0 +1,197 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"runtime"
+	"runtime/debug"
+	"strconv"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	"pgbroker/proto/databroker"
+)
+
+func (a *app) infoCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "info", Short: "Show the versions of the server's data", Args: cobra.NoArgs,
+		Long: `Show the server version, which names the data set, and the earliest and latest record version, between which a client can
+resume (see 'pgbroker watch --since').`,
+		RunE: a.call(func(ctx context.Context, _ *cobra.Command, c *client) error {
+			response, err := c.records.ServerInfo(ctx, new(emptypb.Empty))
+			if err != nil {
+				return err
+			}
+			if a.output == outputJSON {
+				return a.writeProto(response)
+			}
+			_, err = fmt.Fprintf(a.stdout, "server version:          %d\nearliest record version: %d\nlatest record version:   %d\n",
+				response.GetServerVersion(), response.GetEarliestRecordVersion(), response.GetLatestRecordVersion())
+			return err
+		}),
+	}
+	a.addOutputFlag(cmd)
+	a.addClientFlags(cmd)
+	return cmd
+}
+
+func (a *app) checkpointCommand() *cobra.Command {
+	cmd := group("checkpoint", "Read and set the replication checkpoint", a.checkpointGetCommand(), a.checkpointSetCommand())
+	cmd.Long = `Read and set the replication checkpoint: how far something that copies another databroker into this one has come.`
+	return cmd
+}
+
+func (a *app) checkpointGetCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "get", Short: "Show the checkpoint", Args: cobra.NoArgs,
+		RunE: a.call(func(ctx context.Context, _ *cobra.Command, c *client) error {
+			response, err := c.checkpoint.GetCheckpoint(ctx, new(databroker.GetCheckpointRequest))
+			if err != nil {
+				return err
+			}
+			if a.output == outputJSON {
+				return a.writeProto(response)
+			}
+			_, err = fmt.Fprintf(a.stdout, "server version: %d\nrecord version: %d\nleader:         %t\n",
+				response.GetCheckpoint().GetServerVersion(), response.GetCheckpoint().GetRecordVersion(), response.GetIsLeader())
+			return err
+		}),
+	}
+	a.addOutputFlag(cmd)
+	a.addClientFlags(cmd)
+	return cmd
+}
+
+func (a *app) checkpointSetCommand() *cobra.Command {
+	var checkpoint databroker.Checkpoint
+	cmd := &cobra.Command{
+		Use: "set --server-version N --record-version N", Short: "Set the checkpoint", Args: cobra.NoArgs,
+		RunE: a.call(func(ctx context.Context, _ *cobra.Command, c *client) error {
+			_, err := c.checkpoint.SetCheckpoint(ctx, &databroker.SetCheckpointRequest{Checkpoint: &checkpoint})
+			return err
+		}),
+	}
+	cmd.Flags().Uint64Var(&checkpoint.ServerVersion, "server-version", 0, "server version of the source")
+	cmd.Flags().Uint64Var(&checkpoint.RecordVersion, "record-version", 0, "record version reached in the source")
+	must(cmd.MarkFlagRequired("server-version"))
+	must(cmd.MarkFlagRequired("record-version"))
+	a.addClientFlags(cmd)
+	return cmd
+}
+
+func (a *app) healthCommand() *cobra.Command {
+	var (
+		service string
+		wait    time.Duration
+	)
+	cmd := &cobra.Command{
+		Use: "health", Short: "Ask the server whether it can serve", Args: cobra.NoArgs,
+		Long: `Ask the server whether it can serve. The exit code is 0 when it can; no shared secret is needed. --wait asks again and again
+until it can or the time is over.`,
+		Example: `  pgbroker health --wait 30s && pgbroker types`,
+		RunE: a.action(func(cmd *cobra.Command, cfg *configuration) error {
+			c, err := a.connect(cfg)
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			if wait > 0 {
+				a.timeout = min(a.timeout, wait) // a server that does not answer is not waited for longer
+			}
+			deadline := time.Now().Add(wait)
+			for {
+				serving, err := checkHealth(cmd.Context(), c, service)
+				if err == nil && serving == grpc_health_v1.HealthCheckResponse_SERVING || !time.Now().Before(deadline) {
+					return a.showHealth(c, serving, err)
+				}
+				c.ResetConnectBackoff()
+				select {
+				case <-cmd.Context().Done():
+					return cmd.Context().Err()
+				case <-time.After(min(250*time.Millisecond, time.Until(deadline))):
+				}
+			}
+		}),
+	}
+	cmd.Flags().StringVar(&service, "service", "", "service to ask about; all when left out")
+	cmd.Flags().DurationVar(&wait, "wait", 0, "longest to wait until it can serve")
+	a.addOutputFlag(cmd)
+	a.addClientFlags(cmd)
+	return cmd
+}
+
+func checkHealth(ctx context.Context, c *client, service string) (grpc_health_v1.HealthCheckResponse_ServingStatus, error) {
+	response, err := grpc_health_v1.NewHealthClient(c).Check(ctx, &grpc_health_v1.HealthCheckRequest{Service: service})
+	return response.GetStatus(), err
+}
+
+func (a *app) showHealth(c *client, serving grpc_health_v1.HealthCheckResponse_ServingStatus, err error) error {
+	if err != nil {
+		return c.explain(err)
+	}
+	if a.output == outputJSON {
+		err = a.writeProto(&grpc_health_v1.HealthCheckResponse{Status: serving})
+	} else {
+		err = a.writeLine([]byte(serving.String()))
+	}
+	if err == nil && serving != grpc_health_v1.HealthCheckResponse_SERVING {
+		return &exitError{exitFailure, fmt.Errorf("the server at %s cannot serve at present", c.address)}
+	}
+	return err
+}
+
+// buildVersion is set by the build with -ldflags "-X main.buildVersion=...".
+var buildVersion string
+
+// version is the version of this program.
+func version() string {
+	if buildVersion != "" {
+		return buildVersion
+	}
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "(devel)"
+}
+
+// A versionInfo is the output of `version -o json`.
+type versionInfo struct {
+	Version  string `json:"version"`
+	Commit   string `json:"commit,omitempty"`
+	Modified bool   `json:"modified,omitempty"`
+	Go       string `json:"go"`
+	Platform string `json:"platform"`
+}
+
+func (a *app) versionCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "version", Short: "Show the version of this program", Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			a.started = true
+			v := versionInfo{Version: version(), Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH}
+			if info, ok := debug.ReadBuildInfo(); ok {
+				for _, setting := range info.Settings {
+					switch setting.Key {
+					case "vcs.revision":
+						v.Commit = setting.Value
+					case "vcs.modified":
+						v.Modified, _ = strconv.ParseBool(setting.Value) // the Go command writes true or false
+					}
+				}
+			}
+			if a.output == outputJSON {
+				return a.writeJSON(v)
+			}
+			line := "pgbroker " + v.Version
+			if v.Commit != "" {
+				line += " " + v.Commit
+			}
+			return a.writeLine([]byte(line + " " + v.Go + " " + v.Platform))
+		},
+	}
+	a.addOutputFlag(cmd)
+	return cmd
+}

@@ -1,0 +1,189 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/spf13/cobra"
+
+	"pgbroker/migrations"
+)
+
+func (a *app) migrateCommand() *cobra.Command {
+	cmd := group("migrate", "Build and change the database schema",
+		a.migrateUpCommand(), a.migrateDownCommand(), a.migrateVersionCommand(), a.migratePlanCommand(), a.migrateForceCommand())
+	cmd.Long = `Build and change the schema of the database that database_url names. Any number of processes may do so at once: they take
+turns. The connection must lead to Postgres directly, not through a pooler in transaction mode.`
+	return cmd
+}
+
+// onDatabase is the body of a migrate command.
+func (a *app) onDatabase(do func(ctx context.Context, database *pgx.ConnConfig) error) func(*cobra.Command, []string) error {
+	return a.action(func(cmd *cobra.Command, cfg *configuration) error {
+		if cfg.Embedded() {
+			return configError{"database_url is not set: migrate works on a database of yours, as in " +
+				"--database-url postgres://user@host/database; serve takes care of its embedded one"}
+		}
+		database, err := cfg.openDatabase(cmd.Context(), nil)
+		if err != nil {
+			return err
+		}
+		defer database.Close()
+		return do(cmd.Context(), database.ConnConfig())
+	})
+}
+
+func (a *app) addMigrateFlags(cmd *cobra.Command) *cobra.Command {
+	addSettingFlags(cmd.Flags(), useMigrate)
+	return cmd
+}
+
+func (a *app) migrateUpCommand() *cobra.Command {
+	return a.addMigrateFlags(&cobra.Command{
+		Use: "up", Short: "Run the migrations that have not run yet", Args: cobra.NoArgs,
+		RunE: a.onDatabase(func(ctx context.Context, database *pgx.ConnConfig) error {
+			todo, err := migrations.Plan(ctx, database)
+			if err != nil {
+				return err
+			}
+			if err := migrations.Up(ctx, database); err != nil {
+				return err
+			}
+			// Another process may have run some of them; in the end they have run.
+			for _, m := range todo {
+				fmt.Fprintf(a.stdout, "%04d %s\n", m.Version, m.Name)
+			}
+			_, err = fmt.Fprintf(a.stdout, "the schema is at version %d, the latest\n", migrations.Latest())
+			return err
+		}),
+	})
+}
+
+func (a *app) migrateDownCommand() *cobra.Command {
+	var steps int
+	cmd := a.addMigrateFlags(&cobra.Command{
+		Use: "down STEPS", Short: "Revert the newest migrations; the data that they hold are lost",
+		Long: `Revert the newest migrations, as many as STEPS says. What the reverted migrations made is removed with the data in it; when
+all are reverted, nothing is left.`,
+		Args: numberArg(&steps, 1),
+		RunE: a.onDatabase(func(ctx context.Context, database *pgx.ConnConfig) error {
+			if err := migrations.Down(ctx, database, steps); err != nil {
+				return err
+			}
+			version, _, err := migrations.Version(ctx, database)
+			if err != nil {
+				return err
+			}
+			_, err = fmt.Fprintf(a.stdout, "the schema is at version %d of %d\n", version, migrations.Latest())
+			return err
+		}),
+	})
+	return cmd
+}
+
+// numberArg accepts one argument that is a number.
+func numberArg(n *int, least int) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if err := cobra.ExactArgs(1)(cmd, args); err != nil {
+			return err
+		}
+		var err error
+		if *n, err = strconv.Atoi(args[0]); err != nil || *n < least {
+			return fmt.Errorf("%.60q: want a number from %d", args[0], least)
+		}
+		return nil
+	}
+}
+
+// A schemaVersion is the output of `migrate version -o json`.
+type schemaVersion struct {
+	Version uint `json:"version"`
+	Latest  uint `json:"latest"`
+	Dirty   bool `json:"dirty"`
+}
+
+func (a *app) migrateVersionCommand() *cobra.Command {
+	cmd := a.addMigrateFlags(&cobra.Command{
+		Use: "version", Short: "Show the version of the schema", Args: cobra.NoArgs,
+		RunE: a.onDatabase(func(ctx context.Context, database *pgx.ConnConfig) error {
+			version, dirty, err := migrations.Version(ctx, database)
+			if err != nil {
+				return err
+			}
+			if a.output == outputJSON {
+				return a.writeJSON(schemaVersion{version, migrations.Latest(), dirty})
+			}
+			note := ""
+			if dirty {
+				note = ", dirty"
+			}
+			_, err = fmt.Fprintf(a.stdout, "%d of %d%s\n", version, migrations.Latest(), note)
+			return err
+		}),
+	})
+	a.addOutputFlag(cmd)
+	return cmd
+}
+
+// A plannedMigration is one line of `migrate plan -o json`.
+type plannedMigration struct {
+	Version uint   `json:"version"`
+	Name    string `json:"name"`
+	SQL     string `json:"sql,omitempty"`
+}
+
+func (a *app) migratePlanCommand() *cobra.Command {
+	var sql bool
+	cmd := a.addMigrateFlags(&cobra.Command{
+		Use: "plan", Short: "Show what up would run, without running it", Args: cobra.NoArgs,
+		RunE: a.onDatabase(func(ctx context.Context, database *pgx.ConnConfig) error {
+			todo, err := migrations.Plan(ctx, database)
+			if err != nil {
+				return err
+			}
+			if len(todo) == 0 {
+				a.say("nothing to do: the schema is at version %d, the latest", migrations.Latest())
+			}
+			for _, m := range todo {
+				switch {
+				case a.output == outputJSON:
+					planned := plannedMigration{Version: m.Version, Name: m.Name}
+					if sql {
+						planned.SQL = m.SQL
+					}
+					err = a.writeJSON(planned)
+				case sql:
+					_, err = fmt.Fprintf(a.stdout, "-- %04d %s\n\n%s\n", m.Version, m.Name, m.SQL)
+				default:
+					_, err = fmt.Fprintf(a.stdout, "%04d %s\n", m.Version, m.Name)
+				}
+				if err != nil {
+					return err
+				}
+			}
+			return nil
+		}),
+	})
+	cmd.Flags().BoolVar(&sql, "sql", false, "show the statements, too")
+	a.addOutputFlag(cmd)
+	return cmd
+}
+
+func (a *app) migrateForceCommand() *cobra.Command {
+	var version int
+	return a.addMigrateFlags(&cobra.Command{
+		Use: "force VERSION", Short: "Record a version without running anything, after a migration was interrupted",
+		Long: `Record that the schema is at VERSION (0: nothing applied) and clean, without running anything: the way out of a dirty
+schema, for whoever has looked at it.`,
+		Args: numberArg(&version, 0),
+		RunE: a.onDatabase(func(ctx context.Context, database *pgx.ConnConfig) error {
+			if err := migrations.Force(ctx, database, version); err != nil {
+				return err
+			}
+			_, err := fmt.Fprintf(a.stdout, "the schema is recorded as version %d of %d\n", version, migrations.Latest())
+			return err
+		}),
+	})
+}

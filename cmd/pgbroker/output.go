@@ -1,0 +1,213 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+)
+
+// The values of --output.
+const (
+	outputTable = "table"
+	outputJSON  = "json"
+)
+
+// terminalWidth returns the number of columns of the terminal that w is, or 0 when it is none.
+func terminalWidth(w io.Writer) int {
+	f, ok := w.(*os.File)
+	if !ok {
+		return 0
+	}
+	size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ)
+	switch {
+	case err != nil:
+		return 0
+	case size.Col == 0: // a terminal that does not say
+		return 80
+	default:
+		return int(size.Col)
+	}
+}
+
+// A table is what people get to see: aligned columns, cut to the width of the terminal, uncut when the output is no
+// terminal. The columns that hold long texts are the ones that give way.
+type table struct {
+	header []string
+	long   []int // columns that may be cut, in the order in which they are
+	rows   [][]string
+}
+
+func newTable(header ...string) *table { return &table{header: header} }
+
+// cut names the columns that may be cut.
+func (t *table) cut(columns ...int) *table {
+	t.long = columns
+	return t
+}
+
+func (t *table) add(cells ...string) {
+	for i := range cells {
+		cells[i] = cell(cells[i])
+	}
+	t.rows = append(t.rows, cells)
+}
+
+// gap separates columns.
+const gap = "  "
+
+func (t *table) write(w io.Writer) error {
+	widths := make([]int, len(t.header))
+	for _, row := range append([][]string{t.header}, t.rows...) {
+		for i, cell := range row {
+			widths[i] = max(widths[i], utf8.RuneCountInString(cell))
+		}
+	}
+	shrink(widths, t.long, terminalWidth(w))
+	var b bytes.Buffer
+	for _, row := range append([][]string{t.header}, t.rows...) {
+		writeRow(&b, row, widths)
+	}
+	_, err := w.Write(b.Bytes())
+	return err
+}
+
+// shrink makes the given columns narrower until a row fits into the terminal, none below what can still be read.
+func shrink(widths, columns []int, terminal int) {
+	if terminal == 0 {
+		return
+	}
+	const least = 12
+	total := len(gap) * (len(widths) - 1)
+	for _, width := range widths {
+		total += width
+	}
+	for _, column := range columns {
+		if total <= terminal {
+			return
+		}
+		width := min(widths[column], max(least, widths[column]-(total-terminal)))
+		total -= widths[column] - width
+		widths[column] = width
+	}
+}
+
+func writeRow(b *bytes.Buffer, row []string, widths []int) {
+	var line strings.Builder
+	for i, cell := range row {
+		if i > 0 {
+			line.WriteString(gap)
+		}
+		cell = ellipsis(cell, widths[i])
+		line.WriteString(cell)
+		line.WriteString(strings.Repeat(" ", widths[i]-utf8.RuneCountInString(cell)))
+	}
+	b.WriteString(strings.TrimRight(line.String(), " "))
+	b.WriteByte('\n')
+}
+
+// ellipsis cuts a text to a width.
+func ellipsis(text string, width int) string {
+	if utf8.RuneCountInString(text) <= width {
+		return text
+	}
+	runes := []rune(text)
+	return string(runes[:max(0, width-1)]) + "…"
+}
+
+// clean makes a text safe to show: ids and payloads come from anybody, and a terminal obeys control characters.
+func clean(text string) string {
+	safe := func(r rune) bool { return unicode.IsPrint(r) || r == '\n' }
+	if utf8.ValidString(text) && strings.IndexFunc(text, func(r rune) bool { return !safe(r) }) < 0 {
+		return text
+	}
+	var b strings.Builder
+	for i, r := range text {
+		switch {
+		case r == utf8.RuneError && !strings.HasPrefix(text[i:], string(utf8.RuneError)):
+			fmt.Fprintf(&b, `\x%02x`, text[i])
+		case safe(r):
+			b.WriteRune(r)
+		case r < 0x80:
+			fmt.Fprintf(&b, `\x%02x`, r)
+		default:
+			fmt.Fprintf(&b, `\u%04x`, r)
+		}
+	}
+	return b.String()
+}
+
+// cell makes a text safe to show in one line.
+func cell(text string) string { return strings.ReplaceAll(clean(text), "\n", `\n`) }
+
+// toJSON is protojson in one line. Its whitespace is random by design, which would make output differ from run to run.
+func toJSON(m proto.Message) (json.RawMessage, error) {
+	b, err := protojson.Marshal(m)
+	if err != nil {
+		return nil, err
+	}
+	var compact bytes.Buffer
+	if err := json.Compact(&compact, b); err != nil {
+		return nil, err
+	}
+	return safeJSON(compact.Bytes()), nil
+}
+
+// safeJSON escapes the control characters that JSON allows and terminals obey.
+func safeJSON(b []byte) json.RawMessage {
+	control := func(r rune) bool { return r >= 0x7f && r <= 0x9f }
+	if bytes.IndexFunc(b, control) < 0 {
+		return b
+	}
+	var out bytes.Buffer
+	for _, r := range string(b) {
+		if control(r) {
+			fmt.Fprintf(&out, `\u%04x`, r)
+		} else {
+			out.WriteRune(r)
+		}
+	}
+	return out.Bytes()
+}
+
+// writeProto prints a message as a line of JSON.
+func (a *app) writeProto(m proto.Message) error {
+	b, err := toJSON(m)
+	if err != nil {
+		return err
+	}
+	return a.writeLine(b)
+}
+
+// writeJSON prints a value of our own as a line of JSON.
+func (a *app) writeJSON(v any) error {
+	var b bytes.Buffer
+	encoder := json.NewEncoder(&b)
+	encoder.SetEscapeHTML(false)
+	if err := encoder.Encode(v); err != nil {
+		return err
+	}
+	return a.writeLine(safeJSON(bytes.TrimRight(b.Bytes(), "\n")))
+}
+
+func (a *app) writeLine(b []byte) error {
+	_, err := a.stdout.Write(append(b, '\n'))
+	return err
+}
+
+// say tells the user something that is not part of the output.
+func (a *app) say(format string, args ...any) {
+	fmt.Fprintf(a.stderr, "pgbroker: %s\n", clean(fmt.Sprintf(format, args...)))
+}
+
+// showTime is a point in time for people: local, to the second.
+func showTime(t time.Time) string { return t.Local().Format("2006-01-02 15:04:05") }

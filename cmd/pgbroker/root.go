@@ -1,0 +1,265 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// Exit codes. They are documented in the help text and in docs/configuration.md.
+const (
+	exitOK              = 0
+	exitFailure         = 1
+	exitUsage           = 2
+	exitNotFound        = 3
+	exitTaken           = 4
+	exitUnreachable     = 5
+	exitUnauthenticated = 6
+	exitInterrupted     = 130
+)
+
+// exitCodes explains the codes, for the help text and the documentation.
+var exitCodes = []struct {
+	code    int
+	meaning string
+}{
+	{exitOK, "done"},
+	{exitFailure, "failed; the message says why"},
+	{exitUsage, "wrong usage, configuration or input"},
+	{exitNotFound, "no such record, type or setting"},
+	{exitTaken, "the lease is held by somebody else"},
+	{exitUnreachable, "the server cannot be reached or cannot reach its database"},
+	{exitUnauthenticated, "the server does not accept the shared secret"},
+	{exitInterrupted, "interrupted"},
+}
+
+// An exitError is an error with an exit code of its own.
+type exitError struct {
+	code int
+	err  error
+}
+
+// Error implements error.
+func (e *exitError) Error() string { return e.err.Error() }
+
+// Unwrap makes the cause visible to errors.Is.
+func (e *exitError) Unwrap() error { return e.err }
+
+// usagef is the error of a user who has to type something else.
+func usagef(format string, args ...any) error {
+	return &exitError{exitUsage, fmt.Errorf(format, args...)}
+}
+
+// An app is one run of the program: what it reads from and writes to, and the flags that all commands share.
+type app struct {
+	stdin          io.Reader
+	stdout, stderr io.Writer
+	environ        []string
+
+	output  string
+	timeout time.Duration
+	secrets bool
+	started bool // the command line was understood; errors from here on are not about usage
+}
+
+// run is the program without its process: it returns the exit code instead of exiting. A cancelled ctx is an orderly end.
+func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer, environ []string) int {
+	a := &app{stdin: stdin, stdout: stdout, stderr: stderr, environ: environ}
+	root := a.rootCommand()
+	root.SetArgs(args)
+	root.SetErr(stderr)
+	cmd, err := root.ExecuteContextC(ctx)
+	if err == nil {
+		return exitOK
+	}
+	code := exitCode(err)
+	if !a.started {
+		code = exitUsage
+	}
+	if ctx.Err() != nil && (errors.Is(err, context.Canceled) || status.Code(err) == codes.Canceled) {
+		return exitInterrupted // whoever pressed Ctrl-C knows why
+	}
+	fmt.Fprintf(stderr, "pgbroker: %s\n", clean(err.Error()))
+	if !a.started {
+		fmt.Fprintf(stderr, "Run '%s --help' for usage.\n", cmd.CommandPath())
+	}
+	return code
+}
+
+// exitCode maps an error to the code that a script can branch on.
+func exitCode(err error) int {
+	var exit *exitError
+	if errors.As(err, &exit) {
+		return exit.code
+	}
+	var config configError
+	if errors.As(err, &config) {
+		return exitUsage
+	}
+	st, ok := status.FromError(err)
+	if !ok {
+		return exitFailure
+	}
+	switch st.Code() {
+	case codes.OK:
+		return exitOK
+	case codes.InvalidArgument:
+		return exitUsage
+	case codes.NotFound:
+		return exitNotFound
+	case codes.AlreadyExists:
+		return exitTaken
+	case codes.Unavailable, codes.DeadlineExceeded:
+		return exitUnreachable
+	case codes.Unauthenticated, codes.PermissionDenied:
+		return exitUnauthenticated
+	default:
+		return exitFailure
+	}
+}
+
+// rootCommand builds the tree of commands.
+func (a *app) rootCommand() *cobra.Command {
+	var codesHelp strings.Builder
+	for _, c := range exitCodes {
+		fmt.Fprintf(&codesHelp, "  %-4d %s\n", c.code, c.meaning)
+	}
+	root := &cobra.Command{
+		Use:   "pgbroker",
+		Short: "A databroker on PostgreSQL",
+		Long: `pgbroker stores the state of an identity-aware proxy (sessions, users, devices, directory) in PostgreSQL and speaks
+Pomerium's databroker interface over gRPC.
+
+'pgbroker serve' runs the server. Without a connection string it brings its own private Postgres, and the other commands
+then find address and secret by themselves.
+
+Every setting is a flag (--shared-secret-file), an environment variable (PGBROKER_SHARED_SECRET_FILE) and a key of the file
+given with --config (shared_secret_file); flags win over the environment, that over the file. Pomerium's names for the same
+settings are understood. 'pgbroker config print' shows every value and where it came from.
+
+Exit codes:
+` + strings.TrimSuffix(codesHelp.String(), "\n"),
+		Version:       version(),
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	root.PersistentFlags().String(configFlag, "", "file of settings, in YAML [$PGBROKER_CONFIG]")
+	root.PersistentFlags().String(pomeriumConfigFlag, "",
+		"Pomerium configuration to take shared settings from, in YAML [$PGBROKER_POMERIUM_CONFIG]")
+	for _, name := range []string{configFlag, pomeriumConfigFlag} {
+		must(root.MarkPersistentFlagFilename(name, "yaml", "yml"))
+	}
+	root.AddGroup(
+		&cobra.Group{ID: "server", Title: "Server:"},
+		&cobra.Group{ID: "client", Title: "Client:"},
+		&cobra.Group{ID: "tools", Title: "Tools:"},
+	)
+	add := func(group string, commands ...*cobra.Command) {
+		for _, c := range commands {
+			c.GroupID = group
+			root.AddCommand(c)
+		}
+	}
+	add("server", a.serveCommand(), a.migrateCommand())
+	add("client", a.recordCommand(), a.typesCommand(), a.optionsCommand(), a.watchCommand(), a.leaseCommand(),
+		a.serviceCommand(), a.checkpointCommand(), a.infoCommand(), a.healthCommand())
+	add("tools", a.configCommand(), a.secretCommand(), a.versionCommand())
+	root.SetHelpCommandGroupID("tools")
+	root.SetCompletionCommandGroupID("tools")
+	root.SetOut(a.stdout) // before the next line, which remembers it
+	root.InitDefaultCompletionCmd()
+	for _, cmd := range root.Commands() {
+		if cmd.Name() == "completion" { // cobra's own shows its help, whatever shell it is given
+			holdsCommands(cmd)
+		}
+	}
+	return root
+}
+
+// group is a command that only holds others.
+func group(use, short string, commands ...*cobra.Command) *cobra.Command {
+	cmd := &cobra.Command{Use: use, Short: short}
+	cmd.AddCommand(commands...)
+	holdsCommands(cmd)
+	return cmd
+}
+
+// holdsCommands makes a command show its help, unless it is given the name of a command that it does not hold.
+func holdsCommands(cmd *cobra.Command) {
+	cmd.SuggestionsMinimumDistance = 2
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
+	cmd.Args = func(cmd *cobra.Command, args []string) error {
+		if len(args) == 0 {
+			return nil
+		}
+		hint := ""
+		if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
+			hint = " (did you mean " + strings.Join(near, " or ") + "?)"
+		}
+		return fmt.Errorf("unknown command %q for %q%s", args[0], cmd.CommandPath(), hint)
+	}
+}
+
+// action is the body of a command. It runs once the command line has been understood.
+func (a *app) action(do func(cmd *cobra.Command, cfg *configuration) error) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, _ []string) error {
+		a.started = true
+		cfg, err := loadConfig(cmd.Flags(), a.environ)
+		if err != nil {
+			return err
+		}
+		return do(cmd, cfg)
+	}
+}
+
+// addOutputFlag gives a command -o.
+func (a *app) addOutputFlag(cmd *cobra.Command) {
+	a.output = outputTable
+	f := cmd.Flags().VarPF(&choice{value: &a.output, allowed: []string{outputTable, outputJSON}}, "output", "o",
+		"how to print: table for people, json for programs (one object per line)")
+	f.DefValue = outputTable
+	must(cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{outputTable, outputJSON}, cobra.ShellCompDirectiveNoFileComp)))
+}
+
+// A choice is a flag with a fixed list of values.
+type choice struct {
+	value   *string
+	allowed []string
+}
+
+// String implements pflag.Value.
+func (c *choice) String() string {
+	if c.value == nil {
+		return ""
+	}
+	return *c.value
+}
+
+// Set implements pflag.Value.
+func (c *choice) Set(value string) error {
+	for _, allowed := range c.allowed {
+		if value == allowed {
+			*c.value = value
+			return nil
+		}
+	}
+	return fmt.Errorf("want one of %s", strings.Join(c.allowed, ", "))
+}
+
+// Type implements pflag.Value.
+func (c *choice) Type() string { return strings.Join(c.allowed, "|") }
+
+// must is for errors that only a mistake in this program can cause.
+func must(err error) {
+	if err != nil {
+		panic(err)
+	}
+}

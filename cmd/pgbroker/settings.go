@@ -1,0 +1,370 @@
+package main
+
+import (
+	"strings"
+	"time"
+)
+
+// Config is what every command is configured by, after flags, environment and files have been read. Each field belongs to
+// one entry of the table below, which says what it means.
+type Config struct {
+	Address              string
+	SharedSecret         []string
+	SharedSecretFile     []string
+	AllowUnauthenticated bool
+
+	TLSCert         string
+	TLSCertFile     string
+	TLSKey          string
+	TLSKeyFile      string
+	TLSClientCAFile string
+	TLSCAFile       string
+	TLSServerName   string
+	GRPCInsecure    bool
+
+	DatabaseURL             string
+	DatabaseURLFile         string
+	ListenerDatabaseURL     string
+	ListenerDatabaseURLFile string
+	PoolMaxConns            int
+	PoolMinConns            int
+	StatementTimeout        time.Duration
+	LockTimeout             time.Duration
+	DatabasePooler          bool
+	Migrate                 bool
+
+	DataDir   string
+	Ephemeral bool
+
+	RequestTimeout     time.Duration
+	ShutdownTimeout    time.Duration
+	MaxMessageSize     byteSize
+	TombstoneRetention time.Duration
+	FeedBytes          byteSize
+	PollInterval       time.Duration
+
+	MetricsAddress string
+	LogLevel       string
+	LogFormat      string
+}
+
+// Embedded reports whether the broker is to run its own private Postgres.
+func (c *Config) Embedded() bool { return c.DatabaseURL == "" && c.DatabaseURLFile == "" }
+
+// A use says which commands have a flag for a setting. The environment and the files may always name every setting, so that
+// one file serves the server, its clients and its migrations.
+type use uint8
+
+const (
+	useServe use = 1 << iota
+	useClient
+	useMigrate
+	useSecret
+)
+
+// A setting is one row of the table that flags, environment variables, file keys, validation and docs/configuration.md are
+// all made from.
+type setting struct {
+	// name is the key in the file. The flag is the same with dashes, the environment variable the same in capitals after
+	// PGBROKER_.
+	name string
+	// field returns where the value goes. Its type is the setting's type: string, []string, bool, int, byteSize or duration.
+	field func(*Config) any
+	// def is the default as a user would write it; empty means none.
+	def string
+	// pomerium is Pomerium's configuration key for the same thing. Its environment variable is the same in capitals.
+	pomerium string
+	// secret values are never shown; conn values are shown without their password.
+	secret, conn bool
+	// oneOf lists the allowed values, where there is a fixed list.
+	oneOf []string
+	// check refuses a value that parses but cannot work. It needs no network and no file.
+	check func(*Config) error
+	// commands that have a flag for it.
+	use use
+	// group is the heading that it stands under in the documentation; empty means that of the row before.
+	group string
+	// help is one or more sentences. The first one is the flag's help text.
+	help string
+}
+
+// settings is the one table.
+var settings = []setting{
+	{
+		group: "Listening and calling", name: "address", use: useServe | useClient,
+		field: func(c *Config) any { return &c.Address }, def: "127.0.0.1:5443", pomerium: "grpc_address",
+		check: func(c *Config) error { return checkAddress(c.Address) },
+		help: "Address of the gRPC server: where serve listens and where the other commands call. " +
+			"A client that finds no host or an unspecified one (:5443, 0.0.0.0:5443) calls this machine.",
+	},
+	{
+		name: "shared_secret", use: useServe | useClient | useSecret,
+		field: func(c *Config) any { return &c.SharedSecret }, pomerium: "shared_secret", secret: true,
+		help: "Shared secret that signs and verifies requests: 32 random bytes in base64, as `pgbroker secret generate` prints. " +
+			"Several are accepted, for rotation; clients sign with the first. Prefer the file: other users of a machine can see " +
+			"flags. In embedded mode one is generated on first use and kept with the data.",
+	},
+	{
+		name: "shared_secret_file", use: useServe | useClient | useSecret,
+		field: func(c *Config) any { return &c.SharedSecretFile }, pomerium: "shared_secret_file",
+		help: "File that holds a shared secret. It is read again when it changes; several files may be given, for rotation.",
+	},
+	{
+		name: "allow_unauthenticated", use: useServe,
+		field: func(c *Config) any { return &c.AllowUnauthenticated }, def: "false",
+		help: "Serve everyone who can connect, without any shared secret. Whoever reaches the address can then read and write " +
+			"every session. Without this, serve refuses to start when it has no secret.",
+	},
+
+	{
+		group: "TLS", name: "tls_cert_file", use: useServe | useClient,
+		field: func(c *Config) any { return &c.TLSCertFile }, pomerium: "certificate_file",
+		help: "Certificate chain in PEM: the server's own, or in a client the certificate that it shows. It is read again when " +
+			"it changes.",
+	},
+	{
+		name: "tls_key_file", use: useServe | useClient,
+		field: func(c *Config) any { return &c.TLSKeyFile }, pomerium: "certificate_key_file",
+		help: "Private key in PEM that belongs to the certificate.",
+	},
+	{
+		name: "tls_cert", field: func(c *Config) any { return &c.TLSCert }, pomerium: "certificate",
+		use:  useServe | useClient,
+		help: "Certificate chain as base64 of PEM, for where a file cannot be mounted.",
+	},
+	{
+		name: "tls_key", field: func(c *Config) any { return &c.TLSKey }, pomerium: "certificate_key", secret: true,
+		use:  useServe | useClient,
+		help: "Private key as base64 of PEM, for where a file cannot be mounted.",
+	},
+	{
+		name: "tls_client_ca_file", use: useServe,
+		field: func(c *Config) any { return &c.TLSClientCAFile },
+		help: "Certificate authorities, in PEM, of the clients. When set, a client must show a certificate that one of them " +
+			"signed. Pomerium shows none.",
+	},
+	{
+		name: "tls_ca_file", use: useClient,
+		field: func(c *Config) any { return &c.TLSCAFile },
+		help:  "Certificate authorities, in PEM, that a client trusts instead of those of the system.",
+	},
+	{
+		name: "tls_server_name", use: useClient,
+		field: func(c *Config) any { return &c.TLSServerName },
+		help:  "Name that a client expects in the server's certificate, where it differs from the address.",
+	},
+	{
+		name: "grpc_insecure", use: useServe | useClient,
+		field: func(c *Config) any { return &c.GRPCInsecure }, def: "false", pomerium: "grpc_insecure",
+		help: "Speak HTTP/2 without TLS (h2c) on any address; certificates are then not used. Without this, plaintext is spoken " +
+			"on a loopback address only, and there only when no certificate is given.",
+	},
+
+	{
+		group: "PostgreSQL", name: "database_url", use: useServe | useMigrate,
+		field: func(c *Config) any { return &c.DatabaseURL }, pomerium: "databroker_storage_connection_string", conn: true,
+		help: "Connection string of the database, as a libpq URI or as keywords, with one host or several. " +
+			"Without it serve runs a private Postgres of its own (embedded mode).",
+	},
+	{
+		name: "database_url_file", use: useServe | useMigrate,
+		field: func(c *Config) any { return &c.DatabaseURLFile }, pomerium: "databroker_storage_connection_string_file",
+		help: "File that holds the connection string. It is read again for every new connection, so that passwords can rotate.",
+	},
+	{
+		name: "listener_database_url", use: useServe | useMigrate,
+		field: func(c *Config) any { return &c.ListenerDatabaseURL }, conn: true,
+		help: "Connection string that leads to Postgres directly, where database_url leads through a pooler in transaction mode, " +
+			"which cannot carry LISTEN. It is used for the one connection that listens for changes and for migrations. " +
+			"Default: the same as database_url.",
+	},
+	{
+		name: "listener_database_url_file", use: useServe | useMigrate,
+		field: func(c *Config) any { return &c.ListenerDatabaseURLFile },
+		help:  "File that holds the listener's connection string. It is read again for every new connection.",
+	},
+	{
+		name: "pool_max_conns", use: useServe,
+		field: func(c *Config) any { return &c.PoolMaxConns }, def: "0",
+		check: func(c *Config) error { return checkAtLeast(c.PoolMaxConns, 0) },
+		help: "Most connections that this replica keeps, besides the listener's. 0 takes pool_max_conns from the connection " +
+			"string, or else 4 or the number of processors, whichever is more.",
+	},
+	{
+		name: "pool_min_conns", use: useServe,
+		field: func(c *Config) any { return &c.PoolMinConns }, def: "0",
+		check: func(c *Config) error { return checkAtLeast(c.PoolMinConns, 0) },
+		help:  "Connections that are kept open when there is nothing to do. 0 takes pool_min_conns from the connection string.",
+	},
+	{
+		name: "statement_timeout", use: useServe,
+		field: func(c *Config) any { return &c.StatementTimeout }, def: "8s",
+		check: func(c *Config) error { return checkNotNegative(c.StatementTimeout) },
+		help:  "Longest that Postgres works on one statement, set on every connection. 0 leaves it to the server's own setting.",
+	},
+	{
+		name: "lock_timeout", use: useServe,
+		field: func(c *Config) any { return &c.LockTimeout }, def: "5s",
+		check: func(c *Config) error { return checkNotNegative(c.LockTimeout) },
+		help:  "Longest that a statement waits for a lock, set on every connection. 0 leaves it to the server's own setting.",
+	},
+	{
+		name: "database_pooler", use: useServe,
+		field: func(c *Config) any { return &c.DatabasePooler }, def: "false",
+		help: "database_url leads through a pooler in transaction mode: set nothing on the session (no statement or lock " +
+			"timeout). listener_database_url must then lead to Postgres directly.",
+	},
+	{
+		name: "migrate", use: useServe,
+		field: func(c *Config) any { return &c.Migrate }, def: "false",
+		help: "Bring the schema up to date when serve starts. Any number of replicas may do so at once. Embedded mode always " +
+			"does; otherwise run `pgbroker migrate up`.",
+	},
+
+	{
+		group: "Embedded mode", name: "data_dir", use: useServe | useClient,
+		field: func(c *Config) any { return &c.DataDir },
+		help: "Directory of the private Postgres and of the shared secret that goes with it. Default: pgbroker in the user's " +
+			"state directory ($XDG_STATE_HOME or ~/.local/state), or /var/lib/pgbroker for root. Clients look there for the secret.",
+	},
+	{
+		name: "ephemeral", use: useServe,
+		field: func(c *Config) any { return &c.Ephemeral }, def: "false",
+		help: "Keep the private Postgres in a temporary directory, without fsync, and remove it at the end.",
+	},
+
+	{
+		group: "Limits and times", name: "request_timeout", use: useServe,
+		field: func(c *Config) any { return &c.RequestTimeout }, def: "8s",
+		check: func(c *Config) error { return checkPositive(c.RequestTimeout) },
+		help: "Longest that one unary request may take. It stays below the 10s after which Pomerium gives up, so that the " +
+			"client sees the reason.",
+	},
+	{
+		name: "shutdown_timeout", use: useServe,
+		field: func(c *Config) any { return &c.ShutdownTimeout }, def: "25s",
+		check: func(c *Config) error { return checkPositive(c.ShutdownTimeout) },
+		help:  "Longest that a stop may take before what is left is cut off. It stays below the 30s that Kubernetes waits.",
+	},
+	{
+		name: "max_message_size", use: useServe,
+		field: func(c *Config) any { return &c.MaxMessageSize }, def: "4MiB",
+		check: func(c *Config) error { return checkSize(c.MaxMessageSize, 64<<10, 1<<30) },
+		help: "Largest request that is accepted. Pomerium's clients accept answers up to 4MiB, so larger records can be stored " +
+			"but not read by them.",
+	},
+	{
+		name: "tombstone_retention", use: useServe,
+		field: func(c *Config) any { return &c.TombstoneRetention }, def: "168h",
+		check: func(c *Config) error { return checkPositive(c.TombstoneRetention) },
+		help: "How long deletions are remembered. A client that was away for longer must load everything again, where records " +
+			"of its type were deleted meanwhile.",
+	},
+	{
+		name: "feed_bytes", use: useServe,
+		field: func(c *Config) any { return &c.FeedBytes }, def: "64MiB",
+		check: func(c *Config) error { return checkSize(c.FeedBytes, 1<<20, 1<<40) },
+		help:  "Memory for recent changes, shared by all streams. A stream that falls behind it reads from the table.",
+	},
+	{
+		name: "poll_interval", use: useServe,
+		field: func(c *Config) any { return &c.PollInterval }, def: "2s",
+		check: func(c *Config) error { return checkPositive(c.PollInterval) },
+		help:  "How often the table is read for changes when no notification came; the upper bound on a lost wake-up.",
+	},
+
+	{
+		group: "Observing", name: "metrics_address", use: useServe,
+		field: func(c *Config) any { return &c.MetricsAddress }, pomerium: "metrics_address",
+		check: func(c *Config) error {
+			if c.MetricsAddress == "" {
+				return nil
+			}
+			return checkAddress(c.MetricsAddress)
+		},
+		help: "Address of the HTTP server for /metrics, /livez and /readyz, such as 127.0.0.1:9090. Without it there is none, so " +
+			"that several replicas can run on one machine. It has no authentication.",
+	},
+	{
+		name: "log_level", use: useServe,
+		field: func(c *Config) any { return &c.LogLevel }, def: "info", oneOf: []string{"debug", "info", "warn", "error"},
+		help: "Least severe level that is logged.",
+	},
+	{
+		name: "log_format", use: useServe,
+		field: func(c *Config) any { return &c.LogFormat }, def: "auto", oneOf: []string{"auto", "text", "json"},
+		help: "How logs are written to standard error. auto is text on a terminal and JSON otherwise.",
+	},
+}
+
+// settingNamed finds a row of the table; nil when there is none.
+func settingNamed(name string) *setting {
+	for i := range settings {
+		if settings[i].name == name {
+			return &settings[i]
+		}
+	}
+	return nil
+}
+
+// flag returns the setting's flag name, without dashes in front.
+func (s *setting) flag() string { return strings.ReplaceAll(s.name, "_", "-") }
+
+// env returns the setting's own environment variable.
+func (s *setting) env() string { return envPrefix + strings.ToUpper(s.name) }
+
+// pomeriumEnv returns Pomerium's environment variable for it, or nothing.
+func (s *setting) pomeriumEnv() string { return strings.ToUpper(s.pomerium) }
+
+// twin returns the other one of a value and its _file, or nil. Whoever sets either of them sets both, in effect: a file named
+// by a flag must win over a value in the environment.
+func (s *setting) twin() *setting {
+	if base, isFile := strings.CutSuffix(s.name, "_file"); isFile {
+		return settingNamed(base)
+	}
+	return settingNamed(s.name + "_file")
+}
+
+// typeName says what kind of value is expected, in a user's words.
+func (s *setting) typeName() string {
+	if len(s.oneOf) > 0 {
+		return strings.Join(s.oneOf, "|")
+	}
+	switch s.field(new(Config)).(type) {
+	case *bool:
+		return "bool"
+	case *int:
+		return "number"
+	case *byteSize:
+		return "size"
+	case *time.Duration:
+		return "duration"
+	case *[]string:
+		return s.stringName() + ", ..."
+	default:
+		return s.stringName()
+	}
+}
+
+func (s *setting) stringName() string {
+	switch {
+	case strings.HasSuffix(s.name, "_file"):
+		return "file"
+	case strings.HasSuffix(s.name, "_dir"):
+		return "directory"
+	case strings.HasSuffix(s.name, "address"):
+		return "host:port"
+	case s.conn:
+		return "connection string"
+	case s.secret, s.name == "tls_cert":
+		return "base64"
+	default:
+		return "string"
+	}
+}
+
+// summary is the first sentence of the help text.
+func (s *setting) summary() string {
+	first, _, _ := strings.Cut(s.help, ". ")
+	return strings.ReplaceAll(strings.TrimSuffix(first, "."), "`", "'") // pflag gives backquotes a meaning
+}
