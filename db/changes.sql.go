@@ -158,7 +158,8 @@ type ChangesPurgeTombstonesParams struct {
 }
 
 // Removes tombstones past their retention, the oldest first, but never the newest change: it holds the
-// latest version. Notes per type how far, so that a stream that might have missed one starts over.
+// latest version. Notes per type how far, so that a stream that might have missed one starts over. Call
+// under the order lock.
 //
 //	WITH oldest AS (
 //	  SELECT c.version, c.changed_at FROM pgbroker.changes c

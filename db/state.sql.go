@@ -9,15 +9,16 @@ import (
 	"context"
 )
 
-const stateEnterEpoch = `-- name: StateEnterEpoch :exec
+const orderLock = `-- name: OrderLock :exec
 SELECT pgbroker.lock_order()
 `
 
-// Begins an epoch if the server or its timeline has changed since the last write.
+// Takes the order lock until the end of the transaction, and begins an epoch if the server or its timeline
+// has changed since the last write.
 //
 //	SELECT pgbroker.lock_order()
-func (q *Queries) StateEnterEpoch(ctx context.Context) error {
-	_, err := q.db.Exec(ctx, stateEnterEpoch)
+func (q *Queries) OrderLock(ctx context.Context) error {
+	_, err := q.db.Exec(ctx, orderLock)
 	return err
 }
 
@@ -74,7 +75,7 @@ func (q *Queries) StateReplaceServerVersion(ctx context.Context, serverVersion i
 }
 
 const streamCheck = `-- name: StreamCheck :one
-SELECT s.server_version,
+SELECT s.server_version, s.options_version,
        coalesce((SELECT max(t.purged_version) FROM pgbroker.record_types t
                  WHERE $1::text = '' OR t.type = $1::text), 0)::bigint AS purged_version,
        EXISTS (SELECT FROM pgbroker.epochs e
@@ -88,14 +89,15 @@ type StreamCheckParams struct {
 }
 
 type StreamCheckRow struct {
-	ServerVersion int64
-	PurgedVersion int64
-	Lost          bool
+	ServerVersion  int64
+	OptionsVersion int64
+	PurgedVersion  int64
+	Lost           bool
 }
 
 // Whether a stream may resume at a version: what it must compare.
 //
-//	SELECT s.server_version,
+//	SELECT s.server_version, s.options_version,
 //	       coalesce((SELECT max(t.purged_version) FROM pgbroker.record_types t
 //	                 WHERE $1::text = '' OR t.type = $1::text), 0)::bigint AS purged_version,
 //	       EXISTS (SELECT FROM pgbroker.epochs e
@@ -104,6 +106,11 @@ type StreamCheckRow struct {
 func (q *Queries) StreamCheck(ctx context.Context, arg StreamCheckParams) (StreamCheckRow, error) {
 	row := q.db.QueryRow(ctx, streamCheck, arg.Type, arg.Version)
 	var i StreamCheckRow
-	err := row.Scan(&i.ServerVersion, &i.PurgedVersion, &i.Lost)
+	err := row.Scan(
+		&i.ServerVersion,
+		&i.OptionsVersion,
+		&i.PurgedVersion,
+		&i.Lost,
+	)
 	return i, err
 }

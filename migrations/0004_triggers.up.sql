@@ -293,7 +293,8 @@ BEGIN
     SET server_version = pgbroker.random_server_version(),
         base_version = nextval('pgbroker.record_version'),
         options_version = options_version + 1;
-  TRUNCATE pgbroker.changes;
+  -- Not TRUNCATE: readers lock the log before they lock the records, which we hold.
+  DELETE FROM pgbroker.changes;
   DELETE FROM pgbroker.record_types WHERE NOT builtin;
   UPDATE pgbroker.record_types SET record_count = 0, purged_version = 0;
   PERFORM pgbroker.install_builtin_options();

@@ -22,6 +22,8 @@ DECLARE
   written   bigint := 0;
   before    bigint;
 BEGIN
+  -- In the order of Clear, which holds the table when it asks for the order lock.
+  LOCK TABLE pgbroker.records IN ROW EXCLUSIVE MODE;
   PERFORM pgbroker.lock_order();
 
   IF EXISTS (SELECT FROM unnest(expected) AS e WHERE e > 0) THEN
@@ -32,6 +34,19 @@ BEGIN
         AND NOT EXISTS (SELECT FROM pgbroker.records r WHERE r.type = i.type AND r.id = i.id AND r.version = i.expected));
     puts := (SELECT count(*) FROM unnest(deletes, requests) AS i (delete, request)
              WHERE NOT i.delete AND i.request <> ALL (conflicts));
+  END IF;
+
+  -- Deletes first: capacity is enforced at the puts, when every place that becomes free is free.
+  IF true = ANY (deletes) THEN
+    before := (SELECT latest_version FROM pgbroker.versions);
+    DELETE FROM pgbroker.records AS r
+      USING unnest(types, ids, deletes, requests) AS i (type, id, delete, request)
+      WHERE r.type = i.type AND r.id = i.id AND i.delete AND i.request <> ALL (conflicts);
+    IF FOUND THEN
+      RETURN QUERY
+        SELECT c.version, c.type, c.id, c.changed_at, c.deleted FROM pgbroker.changes c
+        WHERE c.version > before;
+    END IF;
   END IF;
 
   IF puts > 0 THEN
@@ -60,18 +75,6 @@ BEGIN
         AND NOT EXISTS (SELECT FROM pgbroker.records r WHERE r.type = i.type AND r.id = i.id)
       ORDER BY i.position
       RETURNING r.version, r.type, r.id, r.modified_at, false;
-  END IF;
-
-  IF true = ANY (deletes) THEN
-    before := (SELECT latest_version FROM pgbroker.versions);
-    DELETE FROM pgbroker.records AS r
-      USING unnest(types, ids, deletes, requests) AS i (type, id, delete, request)
-      WHERE r.type = i.type AND r.id = i.id AND i.delete AND i.request <> ALL (conflicts);
-    IF FOUND THEN
-      RETURN QUERY
-        SELECT c.version, c.type, c.id, c.changed_at, c.deleted FROM pgbroker.changes c
-        WHERE c.version > before;
-    END IF;
   END IF;
 END
 $$;

@@ -2,8 +2,9 @@
 SELECT server_version, options_version, latest_version::bigint AS latest_version, earliest_version::bigint AS earliest_version
 FROM pgbroker.versions;
 
--- name: StateEnterEpoch :exec
--- Begins an epoch if the server or its timeline has changed since the last write.
+-- name: OrderLock :exec
+-- Takes the order lock until the end of the transaction, and begins an epoch if the server or its timeline
+-- has changed since the last write.
 SELECT pgbroker.lock_order();
 
 -- name: StateReplaceServerVersion :one
@@ -17,7 +18,7 @@ SELECT count(pg_notify('pgbroker_changes', '')) FROM replaced;
 
 -- name: StreamCheck :one
 -- Whether a stream may resume at a version: what it must compare.
-SELECT s.server_version,
+SELECT s.server_version, s.options_version,
        coalesce((SELECT max(t.purged_version) FROM pgbroker.record_types t
                  WHERE @type::text = '' OR t.type = @type::text), 0)::bigint AS purged_version,
        EXISTS (SELECT FROM pgbroker.epochs e

@@ -2,6 +2,7 @@ package server
 
 import (
 	"time"
+	"unicode/utf8"
 
 	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/encoding/proto"
@@ -38,6 +39,8 @@ const (
 
 	timestampSeconds protowire.Number = 1
 	timestampNanos   protowire.Number = 2
+
+	anyTypeURL protowire.Number = 1
 )
 
 // wireRecord is a databroker.Record of which the payload is still serialized.
@@ -48,6 +51,38 @@ type wireRecord struct {
 	payload    []byte // serialized Any; nil if the record has no data
 	modifiedAt time.Time
 	deleted    bool
+}
+
+// newWireRecord takes a row of the table. A payload that was written in SQL and is no Any would make the
+// whole message undecodable, for every client and for ever: such a record has no data.
+func (s *Server) newWireRecord(version int64, recordType, id string, payload []byte, modifiedAt time.Time, deleted bool) *wireRecord {
+	if !isAny(payload) {
+		s.logger.Warn("the payload of a record is not a serialized google.protobuf.Any; clients get the record without it",
+			"type", recordType, "id", id, "version", version)
+		payload = nil
+	}
+	return &wireRecord{version, recordType, id, payload, modifiedAt, deleted}
+}
+
+// isAny reports whether a payload can be decoded as a google.protobuf.Any.
+func isAny(payload []byte) bool {
+	for len(payload) > 0 {
+		number, wireType, n := protowire.ConsumeTag(payload)
+		if n < 0 {
+			return false
+		}
+		payload = payload[n:]
+		if n = protowire.ConsumeFieldValue(number, wireType, payload); n < 0 {
+			return false
+		}
+		if number == anyTypeURL && wireType == protowire.BytesType {
+			if url, _ := protowire.ConsumeBytes(payload); !utf8.Valid(url) {
+				return false
+			}
+		}
+		payload = payload[n:]
+	}
+	return true
 }
 
 // encodeResponse serializes a SyncResponse or SyncLatestResponse that carries a record.

@@ -23,6 +23,7 @@ const (
 // maintenance does the periodic work for all replicas, one of them at a time: expiry, TTL, retention of
 // tombstones, indexing.
 type maintenance struct {
+	db        *db.DB
 	queries   *db.Queries
 	logger    *slog.Logger
 	metrics   *metrics
@@ -79,7 +80,7 @@ func (m *maintenance) round(ctx context.Context) error {
 		})
 	}
 	job("tombstones purged", func(ctx context.Context) (int64, error) {
-		return m.queries.ChangesPurgeTombstones(ctx, db.ChangesPurgeTombstonesParams{Retention: m.retention, MaxRows: maintenanceBatch})
+		return m.purgeTombstones(ctx)
 	})
 	unindexed, err := m.queries.TypesToReindex(ctx)
 	if err != nil {
@@ -93,6 +94,20 @@ func (m *maintenance) round(ctx context.Context) error {
 	job("services purged", m.queries.ServicesPurge)
 	job("leases purged", m.queries.LeasesPurge)
 	return errors.Join(errs...)
+}
+
+// purgeTombstones removes a batch of tombstones, under the order lock from the start: taking it after rows
+// could deadlock with Clear.
+func (m *maintenance) purgeTombstones(ctx context.Context) (purged int64, err error) {
+	err = pgx.BeginFunc(ctx, m.db, func(tx pgx.Tx) error {
+		queries := db.New(tx)
+		if err := queries.OrderLock(ctx); err != nil {
+			return err
+		}
+		purged, err = queries.ChangesPurgeTombstones(ctx, db.ChangesPurgeTombstonesParams{Retention: m.retention, MaxRows: maintenanceBatch})
+		return err
+	})
+	return purged, err
 }
 
 // drain runs a job batch by batch until a batch is not full, and returns how many rows that were.

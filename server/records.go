@@ -303,9 +303,10 @@ func encodeAny(data *anypb.Any) ([]byte, error) {
 	return proto.MarshalOptions{}.MarshalAppend([]byte{}, data)
 }
 
-// decodeAny is the inverse of encodeAny.
+// decodeAny is the inverse of encodeAny. A payload that was written in SQL and is no Any is absent, as it is
+// on streams.
 func decodeAny(payload []byte) (*anypb.Any, error) {
-	if payload == nil {
+	if payload == nil || !isAny(payload) {
 		return nil, nil
 	}
 	data := new(anypb.Any)

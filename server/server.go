@@ -138,7 +138,7 @@ func New(config Config) (*Server, error) {
 	s.feed = changefeed.New(changefeed.Config{
 		Queries:      s.queries,
 		Listen:       s.db.Listen,
-		Encode:       encodeChange,
+		Encode:       s.encodeChange,
 		OnServices:   s.services.Wake,
 		RingBytes:    config.RingBytes,
 		PollInterval: config.PollInterval,
@@ -217,7 +217,7 @@ func (s *Server) Run(ctx context.Context, listener net.Listener) error {
 	// What requests depend on stops after them.
 	background, stopBackground := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopBackground()
-	periodic := &maintenance{queries: s.queries, logger: s.logger, metrics: s.metrics, interval: s.config.MaintenanceInterval, retention: s.config.TombstoneRetention}
+	periodic := &maintenance{db: s.db, queries: s.queries, logger: s.logger, metrics: s.metrics, interval: s.config.MaintenanceInterval, retention: s.config.TombstoneRetention}
 	var group errgroup.Group
 	group.Go(func() error { return s.feed.Run(background) })
 	group.Go(func() error { s.services.run(background); return nil })

@@ -17,10 +17,8 @@ import (
 )
 
 // encodeChange serializes a change as the SyncResponse that every stream sends.
-func encodeChange(row *db.ChangesAfterRow) []byte {
-	return encodeResponse(&wireRecord{
-		version: row.Version, recordType: row.Type, id: row.ID, payload: row.Payload, modifiedAt: row.ChangedAt, deleted: row.Deleted,
-	})
+func (s *Server) encodeChange(row *db.ChangesAfterRow) []byte {
+	return encodeResponse(s.newWireRecord(row.Version, row.Type, row.ID, row.Payload, row.ChangedAt, row.Deleted))
 }
 
 // Sync sends what follows a record version: options first, then changes in the order of their versions,
@@ -93,7 +91,7 @@ func (s *brokerServer) SyncLatest(request *databroker.SyncLatestRequest, stream 
 		if len(page) == 0 {
 			break
 		}
-		if err := sendPage(snapshot, page, stream); err != nil {
+		if err := s.sendPage(snapshot, page, stream); err != nil {
 			return err
 		}
 		last := &page[len(page)-1]
@@ -116,14 +114,12 @@ func (s *brokerServer) SyncLatest(request *databroker.SyncLatestRequest, stream 
 	return stream.Send(&databroker.SyncLatestResponse{Response: &databroker.SyncLatestResponse_Versions{Versions: versions}})
 }
 
-func sendPage(snapshot *snapshot, page []db.RecordsPageRow, stream grpc.ServerStream) error {
+func (s *Server) sendPage(snapshot *snapshot, page []db.RecordsPageRow, stream grpc.ServerStream) error {
 	stalled := time.AfterFunc(maxSendTime, snapshot.close)
 	defer stalled.Stop()
 	for i := range page {
 		row := &page[i]
-		message := encodeResponse(&wireRecord{
-			version: row.Version, recordType: row.Type, id: row.ID, payload: row.Payload, modifiedAt: row.ModifiedAt,
-		})
+		message := encodeResponse(s.newWireRecord(row.Version, row.Type, row.ID, row.Payload, row.ModifiedAt, false))
 		if err := stream.SendMsg(message); err != nil {
 			return err
 		}

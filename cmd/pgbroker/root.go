@@ -168,7 +168,7 @@ Exit codes:
 			root.AddCommand(c)
 		}
 	}
-	add("server", a.serveCommand(), a.migrateCommand())
+	add("server", a.serveCommand(), a.migrateCommand(), a.psqlCommand())
 	add("client", a.recordCommand(), a.typesCommand(), a.optionsCommand(), a.watchCommand(), a.leaseCommand(),
 		a.serviceCommand(), a.checkpointCommand(), a.infoCommand(), a.healthCommand())
 	add("tools", a.configCommand(), a.secretCommand(), a.versionCommand())

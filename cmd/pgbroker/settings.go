@@ -60,6 +60,7 @@ const (
 	useClient
 	useMigrate
 	useSecret
+	usePsql
 )
 
 // A setting is one row of the table that flags, environment variables, file keys, validation and docs/configuration.md are
@@ -161,13 +162,13 @@ var settings = []setting{
 	},
 
 	{
-		group: "PostgreSQL", name: "database_url", use: useServe | useMigrate,
+		group: "PostgreSQL", name: "database_url", use: useServe | useMigrate | usePsql,
 		field: func(c *Config) any { return &c.DatabaseURL }, pomerium: "databroker_storage_connection_string", conn: true,
 		help: "Connection string of the database, as a libpq URI or as keywords, with one host or several. " +
 			"Without it serve runs a private Postgres of its own (embedded mode).",
 	},
 	{
-		name: "database_url_file", use: useServe | useMigrate,
+		name: "database_url_file", use: useServe | useMigrate | usePsql,
 		field: func(c *Config) any { return &c.DatabaseURLFile }, pomerium: "databroker_storage_connection_string_file",
 		help: "File that holds the connection string. It is read again for every new connection, so that passwords can rotate.",
 	},
@@ -222,7 +223,7 @@ var settings = []setting{
 	},
 
 	{
-		group: "Embedded mode", name: "data_dir", use: useServe | useClient,
+		group: "Embedded mode", name: "data_dir", use: useServe | useClient | usePsql,
 		field: func(c *Config) any { return &c.DataDir },
 		help: "Directory of the private Postgres and of the shared secret that goes with it. Default: pgbroker in the user's " +
 			"state directory ($XDG_STATE_HOME or ~/.local/state), or /var/lib/pgbroker for root. Clients look there for the secret.",

@@ -20,7 +20,7 @@ const KeySize = 32
 // Key is a shared key: what a shared secret stands for. Keys can be compared with ==; the zero Key is none at all. Formatting
 // or logging a key, or anything that contains one, shows its fingerprint or nothing, never its bytes.
 type Key struct {
-	// Not an array of bytes, because package fmt would print it as part of another struct, where it cannot call Format. A
+	// Not an array of bytes, because package fmt would print it as part of another struct, where it cannot call String. A
 	// handle is a pointer, and a pointer to a string is one that fmt never follows, with any verb and at any depth.
 	handle unique.Handle[string]
 }
@@ -123,9 +123,6 @@ func (k Key) Fingerprint() string {
 
 // String returns "key" and the fingerprint.
 func (k Key) String() string { return "key " + k.Fingerprint() }
-
-// Format implements [fmt.Formatter], so that no verb prints the bytes.
-func (k Key) Format(f fmt.State, _ rune) { fmt.Fprint(f, k.String()) }
 
 // LogValue implements [slog.LogValuer].
 func (k Key) LogValue() slog.Value { return slog.StringValue(k.String()) }

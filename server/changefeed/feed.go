@@ -199,6 +199,10 @@ func (f *Feed) Open(ctx context.Context, serverVersion, version int64, recordTyp
 	if version > f.view.Load().head {
 		f.Wake() // the client comes from a faster replica
 	}
+	// A stream starts with the options of the moment, also those that another replica has just set.
+	if err := f.await(ctx, func(v *view) bool { return v.options.version >= check.OptionsVersion }); err != nil {
+		return nil, err
+	}
 	return &Cursor{feed: f, recordType: recordType, serverVersion: serverVersion, version: version}, nil
 }
 
@@ -206,20 +210,29 @@ func (f *Feed) Open(ctx context.Context, serverVersion, version int64, recordTyp
 // ErrDataSetChanged if the database has another one: this replica or the client may be the one that has
 // not heard of a change yet.
 func (f *Feed) awaitDataSet(ctx context.Context, serverVersion int64) error {
+	follows := func(v *view) bool { return v.serverVersion == serverVersion && serverVersion != 0 }
+	if follows(f.view.Load()) {
+		return nil
+	}
+	state, err := f.config.Queries.StateGet(ctx)
+	if err != nil {
+		return fmt.Errorf("read the server version: %w", err)
+	}
+	if state.ServerVersion != serverVersion {
+		return ErrDataSetChanged
+	}
+	return f.await(ctx, follows)
+}
+
+// await waits for a view.
+func (f *Feed) await(ctx context.Context, condition func(*view) bool) error {
 	for {
 		v := f.view.Load()
 		switch {
 		case v.stopped:
 			return ErrStopped
-		case v.serverVersion == serverVersion && serverVersion != 0:
+		case condition(v):
 			return nil
-		}
-		state, err := f.config.Queries.StateGet(ctx)
-		if err != nil {
-			return fmt.Errorf("read the server version: %w", err)
-		}
-		if state.ServerVersion != serverVersion {
-			return ErrDataSetChanged
 		}
 		f.Wake()
 		select {

@@ -51,7 +51,7 @@ func (f *Feed) noteRead(ctx context.Context, err error) {
 	case err == nil && before != nil:
 		// The server may be another one than before: begin its epoch now, not at the next write, so that
 		// streams which have seen what it lacks are told.
-		if err = f.config.Queries.StateEnterEpoch(ctx); err != nil {
+		if err = f.config.Queries.OrderLock(ctx); err != nil {
 			f.logger.WarnContext(ctx, "cannot begin the server's epoch", "error", err)
 			return
 		}

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"go.uber.org/goleak"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -64,6 +65,30 @@ func start(t *testing.T) *servertest.Broker {
 func startReplicas(t *testing.T, n int) *servertest.Broker {
 	t.Helper()
 	return servertest.New(t, servertest.Options{Replicas: n})
+}
+
+// startOn starts a broker of n replicas on a database that the test has prepared.
+func startOn(t *testing.T, database *dbtest.Database, n int) *servertest.Broker {
+	t.Helper()
+	b := &servertest.Broker{Database: database}
+	for range n {
+		b.Replicas = append(b.Replicas, startMore(t, b))
+	}
+	b.Replica = b.Replicas[0]
+	return b
+}
+
+// setting changes a setting of Postgres for all connections that are opened from now on.
+func setting(t *testing.T, database *dbtest.Database, name, value string) {
+	t.Helper()
+	database.Exec(t, "ALTER DATABASE "+database.Name+" SET "+name+" = "+value)
+	database.Pool.Reset()
+}
+
+// startMore starts a further replica of a broker.
+func startMore(t *testing.T, b *servertest.Broker) *servertest.Replica {
+	t.Helper()
+	return servertest.Start(t, b.Database.ConnString, servertest.Options{})
 }
 
 // queriesOf returns the server's own queries on a database, for the periodic work that a test cannot wait
@@ -158,10 +183,10 @@ func idsOf(records []*databroker.Record) []string {
 	return ids
 }
 
-// same fails the test if two messages, or slices or maps of them, differ.
+// same fails the test if two values differ: messages, or slices or maps of anything. Nil is as good as empty.
 func same[T any](t *testing.T, what string, got, want T) {
 	t.Helper()
-	if diff := cmp.Diff(want, got, protocmp.Transform()); diff != "" {
+	if diff := cmp.Diff(want, got, protocmp.Transform(), cmpopts.EquateEmpty()); diff != "" {
 		t.Errorf("%s (-want +got):\n%s", what, diff)
 	}
 }
@@ -499,4 +524,45 @@ func typesOf(options []*databroker.TypedOptions) []string {
 // contains reports whether an element satisfies the condition.
 func contains[T any](elements []T, condition func(T) bool) bool {
 	return slices.ContainsFunc(elements, condition)
+}
+
+func isCode(err error, code codes.Code) bool { return err != nil && status.Code(err) == code }
+
+// clock is the clock of a database, which the test moves: whatever asks Postgres for the time gets that one.
+type clock struct {
+	t        *testing.T
+	database *dbtest.Database
+}
+
+// newClock gives a database a clock of its own. Connections that are open already keep the old one.
+func newClock(t *testing.T, database *dbtest.Database) *clock {
+	t.Helper()
+	database.Exec(t, `CREATE SCHEMA test_clock;
+		CREATE TABLE test_clock.ahead (by interval NOT NULL);
+		INSERT INTO test_clock.ahead VALUES ('0');
+		CREATE FUNCTION test_clock.clock_timestamp() RETURNS timestamptz LANGUAGE sql
+			AS 'SELECT pg_catalog.clock_timestamp() + by FROM test_clock.ahead'`)
+	setting(t, database, "search_path", "test_clock, pg_catalog, public")
+	return &clock{t, database}
+}
+
+// advance moves the clock forward.
+func (c *clock) advance(d time.Duration) {
+	c.t.Helper()
+	c.database.Exec(c.t, "UPDATE test_clock.ahead SET by = by + $1", d)
+}
+
+// brokerWithClock is a broker on a database whose clock the test moves.
+type brokerWithClock struct {
+	*servertest.Broker
+	clock *clock
+}
+
+// expire does what the periodic work does about TTLs.
+func (b brokerWithClock) expire(t *testing.T) {
+	t.Helper()
+	queries := queriesOf(b.Database)
+	for _, recordType := range must[[]string](t)(queries.TypesWithTTL(t.Context())) {
+		must[int64](t)(queries.RecordsExpireByTTL(t.Context(), db.RecordsExpireByTTLParams{Type: recordType, MaxRows: 100}))
+	}
 }

@@ -90,7 +90,9 @@ func (s storm) runWith(t *testing.T, breakage string) []string {
 	var readers errgroup.Group
 	observers := make([]*observer, s.streams)
 	for i := range observers {
-		observers[i] = &observer{serverVersion: info.ServerVersion, seed: uint64(i), replicas: broker.Replicas}
+		observers[i] = &observer{
+			serverVersion: info.ServerVersion, seed: uint64(i), replicas: broker.Replicas, longest: int(s.changes / 25),
+		}
 		readers.Go(func() error { return observers[i].follow(ctx) })
 	}
 
@@ -245,6 +247,7 @@ type observer struct {
 	serverVersion uint64
 	seed          uint64
 	replicas      []*servertest.Replica
+	longest       int // most changes before it cuts a stream
 
 	until      atomic.Uint64 // stop there; 0 until it is known
 	version    uint64        // resume point
@@ -263,7 +266,7 @@ func (o *observer) follow(ctx context.Context) error {
 	random := rand.New(rand.NewPCG(o.seed, 3))
 	for {
 		replica := o.replicas[random.IntN(len(o.replicas))]
-		cut := 1 + random.IntN(4000)
+		cut := 1 + random.IntN(o.longest)
 		end, err := o.stream(ctx, replica, cut)
 		if end || err != nil {
 			return err

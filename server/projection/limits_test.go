@@ -59,6 +59,19 @@ func TestUnreadablePayloads(t *testing.T) {
 	}
 }
 
+// The last of several map entries with the same key counts, however many there are.
+func TestRepeatedMapKeys(t *testing.T) {
+	var b []byte
+	for i := range 100 {
+		key, value := string(rune('a'+i%2)), strings.Repeat("x", i)
+		b = append(b, bytesField(6, append(bytesField(1, []byte(key)), bytesField(2, []byte(value))...))...)
+	}
+	want := `{"details":{"a":"` + strings.Repeat("x", 98) + `","b":"` + strings.Repeat("x", 99) + `"}}`
+	if got := string(New(nil).Project(wrap("session.SessionBinding", b)).Data); got != want {
+		t.Errorf("Data = %s, want %s", got, want)
+	}
+}
+
 // What a newer client adds to a message does not keep the rest from being seen. A wrong wire type counts as unknown.
 func TestUnknownFieldsAreSkipped(t *testing.T) {
 	b := bytesField(3, []byte("ann"))
@@ -66,6 +79,11 @@ func TestUnknownFieldsAreSkipped(t *testing.T) {
 	b = protowire.AppendVarint(protowire.AppendTag(b, 3, protowire.VarintType), 7)
 	if got, want := string(New(nil).Project(wrap("user.User", b)).Data), `{"name":"ann"}`; got != want {
 		t.Errorf("Data = %s, want %s", got, want)
+	}
+	payload := protowire.AppendVarint(protowire.AppendTag(nil, 1, protowire.VarintType), 7)
+	payload = append(append(payload, unknownField...), serialize(t, &user.User{Name: "ann"})...)
+	if got, want := string(New(nil).Project(payload).Data), `{"name":"ann"}`; got != want {
+		t.Errorf("unknown fields in the Any: Data = %s, want %s", got, want)
 	}
 }
 

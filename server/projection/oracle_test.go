@@ -163,7 +163,7 @@ func (o oracle) compare(t rapid.TB, p *Projector, md protoreflect.MessageDescrip
 	t.Helper()
 	want, wantSearch, err := o.project(md, wire)
 	if err != nil {
-		t.Fatalf("oracle: %v", err)
+		t.Skip(err) // raw fields can make what the library refuses, and protojson is stricter than Project
 	}
 	got := p.Project(wrap(md.FullName(), wire))
 	if got.Data == nil {
@@ -392,43 +392,95 @@ func (g generator) messy(mt protoreflect.MessageType) []byte {
 	return bytes.Join(rapid.Permutation(fields).Draw(t, "order"), nil)
 }
 
+// raw returns an encoding made of fields that need not be what their type says: other wire types, numbers with more
+// bits than fit, zeros that are spelled out, messages in pieces.
+func (g generator) raw(md protoreflect.MessageDescriptor, depth int) (b []byte) {
+	t := g.t
+	fields := md.Fields()
+	if fields.Len() == 0 {
+		return nil
+	}
+	varints := rapid.SampledFrom([]uint64{0, 1, 2, 127, 1 << 31, 1 << 32, 1<<32 + 5, 1<<63 + 1, math.MaxUint64})
+	for range rapid.IntRange(0, 4).Draw(t, "raw fields") {
+		fd := fields.Get(rapid.IntRange(0, fields.Len()-1).Draw(t, "field"))
+		typ := wireTypes[fd.Kind()]
+		if rapid.IntRange(0, 3).Draw(t, "other wire type") == 0 {
+			typ = rapid.SampledFrom([]protowire.Type{
+				protowire.VarintType, protowire.Fixed32Type, protowire.Fixed64Type, protowire.BytesType, protowire.StartGroupType,
+			}).Draw(t, "wire type")
+		}
+		b = protowire.AppendTag(b, fd.Number(), typ)
+		switch typ {
+		case protowire.VarintType:
+			b = protowire.AppendVarint(b, varints.Draw(t, "varint"))
+		case protowire.Fixed32Type:
+			b = protowire.AppendFixed32(b, uint32(varints.Draw(t, "fixed32")))
+		case protowire.Fixed64Type:
+			b = protowire.AppendFixed64(b, varints.Draw(t, "fixed64"))
+		case protowire.BytesType:
+			inner := rapid.SampledFrom([][]byte{nil, nil, {'a'}, {8, 1}, make([]byte, 8)}).Draw(t, "bytes")
+			if fd.Message() != nil && depth > 0 {
+				inner = g.raw(fd.Message(), depth-1)
+			} else if isSecret(fd) {
+				inner = []byte(marker)
+			}
+			b = protowire.AppendBytes(b, inner)
+		case protowire.StartGroupType:
+			if fd.Kind() == protoreflect.GroupKind && depth > 0 {
+				b = append(b, g.raw(fd.Message(), depth-1)...)
+			}
+			b = protowire.AppendTag(b, fd.Number(), protowire.EndGroupType)
+		}
+	}
+	return b
+}
+
+// check draws messages of the types and compares.
+func check(t *testing.T, p *Projector, names []protoreflect.FullName) {
+	o := oracle{p.types}
+	draw := func(t *rapid.T) (generator, protoreflect.MessageType) {
+		mt, err := p.types.FindMessageByName(rapid.SampledFrom(names).Draw(t, "type"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return generator{t, p.types, names}, mt
+	}
+	t.Run("messy", func(t *testing.T) {
+		rapid.Check(t, func(t *rapid.T) {
+			g, mt := draw(t)
+			wire := g.messy(mt)
+			if _, _, err := o.project(mt.Descriptor(), wire); err != nil {
+				t.Fatalf("oracle: %v", err)
+			}
+			o.compare(t, p, mt.Descriptor(), wire)
+		})
+	})
+	t.Run("raw", func(t *testing.T) {
+		rapid.Check(t, func(t *rapid.T) {
+			g, mt := draw(t)
+			o.compare(t, p, mt.Descriptor(), g.raw(mt.Descriptor(), 3))
+		})
+	})
+}
+
 func TestLinkedTypesAgreeWithProtoJSON(t *testing.T) {
 	types := payloadTypes()
 	if len(types) < 29 {
 		t.Fatalf("only %d payload types are linked in", len(types))
 	}
-	p := New(nil)
-	o := oracle{p.types}
-	var names []protoreflect.FullName
+	names := []protoreflect.FullName{
+		"google.protobuf.Struct", "google.protobuf.Any", "google.protobuf.StringValue", "google.protobuf.Timestamp",
+	}
 	for _, mt := range types {
 		names = append(names, mt.Descriptor().FullName())
 	}
-	names = append(names, "google.protobuf.Struct", "google.protobuf.Any", "google.protobuf.StringValue", "google.protobuf.Timestamp")
-	rapid.Check(t, func(t *rapid.T) {
-		g := generator{t, p.types, names}
-		mt, err := p.types.FindMessageByName(rapid.SampledFrom(names).Draw(t, "type"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		o.compare(t, p, mt.Descriptor(), g.messy(mt))
-	})
+	check(t, New(nil), names)
 }
 
 func TestLoadedTypesAgreeWithProtoJSON(t *testing.T) {
-	types := testTypes(t)
-	p := New(types)
-	o := oracle{types}
-	names := []protoreflect.FullName{
+	check(t, New(testTypes(t)), []protoreflect.FullName{
 		"pb3.All", "pb3.All", "pb3.All", "pb2.Old", "google.protobuf.Struct", "google.protobuf.Any", "google.protobuf.Value",
 		"google.protobuf.ListValue", "google.protobuf.DoubleValue", "google.protobuf.UInt64Value", "google.protobuf.BytesValue",
 		"google.protobuf.Duration", "google.protobuf.FieldMask", "google.protobuf.Empty",
-	}
-	rapid.Check(t, func(t *rapid.T) {
-		g := generator{t, types, names}
-		mt, err := types.FindMessageByName(rapid.SampledFrom(names).Draw(t, "type"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		o.compare(t, p, mt.Descriptor(), g.messy(mt))
 	})
 }

@@ -54,6 +54,7 @@ type field struct {
 	number   protowire.Number
 	kind     protoreflect.Kind
 	wire     protowire.Type // of one value
+	narrow   bool           // a varint of 32 bits
 	list     bool
 	mapped   bool // a map; its entries are messages with the fields 1 and 2
 	presence bool // shown even if zero
@@ -140,6 +141,10 @@ func newField(fd protoreflect.FieldDescriptor) *field {
 	}
 	if od := fd.ContainingOneof(); od != nil && od.Fields().Len() > 1 {
 		f.oneof = 1 + od.Index()
+	}
+	switch f.kind {
+	case protoreflect.Int32Kind, protoreflect.Uint32Kind, protoreflect.Sint32Kind, protoreflect.EnumKind:
+		f.narrow = true
 	}
 	if ed := fd.Enum(); ed != nil {
 		f.enum = ed.Values()

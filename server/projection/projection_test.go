@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"math"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -166,14 +167,17 @@ func TestProject(t *testing.T) {
 		{"oneof with zero value", &session.Session_DeviceCredential{Credential: &session.Session_DeviceCredential_Id{}}, `{"id":""}`, ""},
 		{"empty message in oneof", &session.Session_DeviceCredential{Credential: &session.Session_DeviceCredential_Unavailable{Unavailable: &emptypb.Empty{}}}, `{"unavailable":{}}`, ""},
 
+		{"many messages", &session.Session{DeviceCredentials: slices.Repeat([]*session.Session_DeviceCredential{{}}, 300)},
+			`{"device_credentials":[` + strings.Repeat("{},", 299) + `{}]}`, ""},
+
 		{"Struct", parseStruct(t, `{"email":"Ann@x","group_ids":["g1","g2"],"userId":null,"n":{"a":1000000}}`),
 			`{"email":"Ann@x","group_ids":["g1","g2"],"n":{"a":1000000},"userId":null}`, "ann@x\x1fg1\x1fg2"},
 		{"empty Struct", &structpb.Struct{}, `{}`, ""},
 		{"Struct with U+0000", parseStruct(t, `{"a\u0000b":"c\u0000D\u001fe"}`), `{"ab":"cD\u001fe"}`, "cde"},
 		{"numbers beyond JSON", &structpb.Struct{Fields: map[string]*structpb.Value{
 			"a": number(math.NaN()), "b": number(math.Inf(1)), "c": number(math.Inf(-1)), "d": number(math.Copysign(0, -1)),
-			"e": number(1e300), "f": number(5e-324), "g": {}, "h": nil,
-		}}, `{"a":"NaN","b":"Infinity","c":"-Infinity","d":-0,"e":1e+300,"f":5e-324,"g":null,"h":null}`, ""},
+			"e": number(1e300), "e2": number(1e21), "e3": number(1e20), "f": number(5e-324), "g": {}, "h": nil,
+		}}, `{"a":"NaN","b":"Infinity","c":"-Infinity","d":-0,"e":1e+300,"e2":1e+21,"e3":100000000000000000000,"f":5e-324,"g":null,"h":null}`, ""},
 		{"Value", structpb.NewStringValue("X"), `"X"`, "x"},
 		{"empty Value", &structpb.Value{}, `null`, ""},
 		{"Value with object", structpb.NewStructValue(parseStruct(t, `{"id":"X"}`)), `{"id":"X"}`, "x"},

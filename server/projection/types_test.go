@@ -109,6 +109,13 @@ func testTypes(t testing.TB) *dynamicpb.Types {
 			field { name: "loose" number: 4 label: LABEL_REPEATED type: TYPE_SINT64 }
 			field { name: "part" number: 5 label: LABEL_OPTIONAL type: TYPE_GROUP type_name: ".pb2.Old.Part" }
 			field { name: "parts" number: 6 label: LABEL_REPEATED type: TYPE_GROUP type_name: ".pb2.Old.Parts" }
+			field { name: "u" number: 12 label: LABEL_OPTIONAL type: TYPE_STRING oneof_index: 1 }
+			field { name: "v" number: 10 label: LABEL_OPTIONAL type: TYPE_MESSAGE type_name: ".pb2.Old" oneof_index: 1 }
+			field { name: "x" number: 9 label: LABEL_OPTIONAL type: TYPE_STRING oneof_index: 0 }
+			field { name: "y" number: 11 label: LABEL_OPTIONAL type: TYPE_BOOL oneof_index: 0 }
+			field { name: "far" number: 536870911 label: LABEL_OPTIONAL type: TYPE_STRING }
+			oneof_decl { name: "first" }
+			oneof_decl { name: "second" }
 			nested_type { name: "Part"
 				field { name: "text" number: 1 label: LABEL_OPTIONAL type: TYPE_STRING }
 				field { name: "old" number: 2 label: LABEL_OPTIONAL type: TYPE_MESSAGE type_name: ".pb2.Old" } }

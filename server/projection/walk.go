@@ -157,7 +157,7 @@ func (w *walker) collect(pl *plan, b []byte) (base int) {
 		case f == nil:
 			continue
 		case typ == f.wire:
-			w.stack = append(w.stack, v)
+			w.push(v)
 		case f.list && typ == protowire.BytesType && f.wire != protowire.StartGroupType:
 			w.unpack(f, v.bytes)
 		default:
@@ -168,10 +168,6 @@ func (w *walker) collect(pl *plan, b []byte) (base int) {
 		if v.field.oneof > 0 {
 			members++
 		}
-	}
-	if w.state != fine {
-		w.stack = w.stack[:base]
-		return base
 	}
 	if members > 1 {
 		w.settle(pl, base)
@@ -202,8 +198,16 @@ func (w *walker) unpack(f *field, b []byte) {
 			return
 		}
 		b = b[n:]
-		w.stack = append(w.stack, v)
+		w.push(v)
 	}
+}
+
+// push puts an occurrence on the stack. Of a number that is too long for its kind the lower bits count.
+func (w *walker) push(v value) {
+	if v.field.narrow {
+		v.num &= math.MaxUint32
+	}
+	w.stack = append(w.stack, v)
 }
 
 // settle removes the members of oneofs that a later member has replaced. A member that was replaced and then set again
@@ -358,16 +362,12 @@ func keyText(f *field, v value) []byte {
 	return strconv.AppendInt(nil, n, 10)
 }
 
-// integer decodes an integer of any kind. An unsigned one is to be converted to uint64.
+// integer decodes an integer of any kind, as push has left it. An unsigned one is to be converted to uint64.
 func integer(kind protoreflect.Kind, num uint64) (n int64, unsigned bool) {
 	switch kind {
-	case protoreflect.Sint32Kind:
-		return int64(int32(protowire.DecodeZigZag(num & math.MaxUint32))), false
-	case protoreflect.Sint64Kind:
+	case protoreflect.Sint32Kind, protoreflect.Sint64Kind:
 		return protowire.DecodeZigZag(num), false
-	case protoreflect.Uint32Kind, protoreflect.Fixed32Kind:
-		return int64(uint32(num)), true
-	case protoreflect.Uint64Kind, protoreflect.Fixed64Kind:
+	case protoreflect.Uint32Kind, protoreflect.Fixed32Kind, protoreflect.Uint64Kind, protoreflect.Fixed64Kind:
 		return int64(num), true
 	case protoreflect.Int64Kind, protoreflect.Sfixed64Kind:
 		return int64(num), false
@@ -545,7 +545,8 @@ func (w *walker) any(b []byte) {
 			w.state = fine
 			w.json, w.stack, w.entries = w.json[:mark], w.stack[:stack], w.entries[:entries]
 		}
-		}
+		w.quiet--
+	}
 	w.json = append(w.json, '}')
 }
 

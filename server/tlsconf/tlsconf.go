@@ -60,7 +60,6 @@ func NewServer(c ServerConfig) (*Server, error) {
 			return nil, err
 		}
 		config.ClientAuth = tls.RequireAndVerifyClientCert
-		config.ClientCAs = clientCA.Get().pool
 		config.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) {
 			current := config.Clone()
 			current.ClientCAs = clientCA.Get().pool

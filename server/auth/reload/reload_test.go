@@ -94,6 +94,15 @@ func TestChange(t *testing.T) {
 		time.Sleep(1)
 		f.want("hello3+hello2", 1, `msg="file reloaded" what=greeting files="[`+one+" "+two+`]" in_force=shown`)
 
+		// A check has just been, so neither this caller nor one that was about to check, too, reads again.
+		write(t, two, "hello4")
+		f.want("hello3+hello2", 0, "")
+		f.mu.Lock()
+		f.check()
+		f.mu.Unlock()
+		f.want("hello3+hello2", 0, "")
+		write(t, two, "hello2")
+
 		// Unchanged files are not parsed again.
 		before := f.parsed
 		for range 5 {
