@@ -21,7 +21,7 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
-	"pgbroker/server/auth/reload"
+	"pgbroker/server/reload"
 )
 
 // MetadataKey is the gRPC metadata key of the token. Of several values the first counts: a Pomerium node that forwards a

@@ -11,7 +11,7 @@ import (
 	"strings"
 	"unique"
 
-	"pgbroker/server/auth/reload"
+	"pgbroker/server/reload"
 )
 
 // KeySize is the length of a shared key in bytes. Pomerium demands it because it also uses the key for an AEAD cipher.

@@ -166,8 +166,6 @@ func TestD32_WatchersHearOfExpiry(t *testing.T) {
 func TestWatchNeverGoesBack(t *testing.T) {
 	t.Parallel()
 	b := startReplicas(t, 2)
-	stop := make(chan struct{})
-	defer close(stop)
 	for i := range 25 {
 		report(t, b.Replicas[i%2], service(registry.ServiceKind_PROXY, fmt.Sprintf("https://%02d.example.com", i)))
 		stream := watch(t, b.Replicas[(i+i/2)%2])

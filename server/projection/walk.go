@@ -163,7 +163,7 @@ func (w *walker) collect(pl *plan, b []byte) (base int) {
 		default:
 			continue
 		}
-		sorted = sorted && last <= num
+		_ = last
 		last = num
 		if v.field.oneof > 0 {
 			members++

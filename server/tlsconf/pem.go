@@ -15,7 +15,7 @@ import (
 	"log/slog"
 	"strings"
 
-	"pgbroker/server/auth/reload"
+	"pgbroker/server/reload"
 )
 
 // PEM says where certificates or a private key in PEM form come from. The zero PEM is none. It can be formatted and logged

@@ -9,7 +9,7 @@ import (
 	"strings"
 	"time"
 
-	"pgbroker/server/auth/reload"
+	"pgbroker/server/reload"
 )
 
 // ServerConfig says with what a server presents itself and whom it lets in.
