@@ -67,8 +67,9 @@ func (q *Queries) ServicesPurge(ctx context.Context) (int64, error) {
 
 const servicesReport = `-- name: ServicesReport :exec
 INSERT INTO pgbroker.services (kind, endpoint, expires_at)
-SELECT DISTINCT r.kind, r.endpoint, clock_timestamp() + $1::interval
+SELECT r.kind, r.endpoint, clock_timestamp() + $1::interval
 FROM ROWS FROM (unnest($2::integer[]), unnest($3::text[])) AS r (kind, endpoint)
+GROUP BY r.kind, r.endpoint
 ORDER BY r.kind, r.endpoint
 ON CONFLICT (kind, endpoint) DO UPDATE
   SET reported_at = excluded.reported_at, expires_at = excluded.expires_at
@@ -83,8 +84,9 @@ type ServicesReportParams struct {
 // ServicesReport
 //
 //	INSERT INTO pgbroker.services (kind, endpoint, expires_at)
-//	SELECT DISTINCT r.kind, r.endpoint, clock_timestamp() + $1::interval
+//	SELECT r.kind, r.endpoint, clock_timestamp() + $1::interval
 //	FROM ROWS FROM (unnest($2::integer[]), unnest($3::text[])) AS r (kind, endpoint)
+//	GROUP BY r.kind, r.endpoint
 //	ORDER BY r.kind, r.endpoint
 //	ON CONFLICT (kind, endpoint) DO UPDATE
 //	  SET reported_at = excluded.reported_at, expires_at = excluded.expires_at

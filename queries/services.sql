@@ -1,7 +1,8 @@
 -- name: ServicesReport :exec
 INSERT INTO pgbroker.services (kind, endpoint, expires_at)
-SELECT DISTINCT r.kind, r.endpoint, clock_timestamp() + @ttl::interval
+SELECT r.kind, r.endpoint, clock_timestamp() + @ttl::interval
 FROM ROWS FROM (unnest(@kinds::integer[]), unnest(@endpoints::text[])) AS r (kind, endpoint)
+GROUP BY r.kind, r.endpoint
 ORDER BY r.kind, r.endpoint
 ON CONFLICT (kind, endpoint) DO UPDATE
   SET reported_at = excluded.reported_at, expires_at = excluded.expires_at;

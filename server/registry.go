@@ -81,22 +81,18 @@ func (s *registryServer) List(ctx context.Context, request *registry.ListRequest
 func (s *registryServer) Watch(request *registry.ListRequest, stream grpc.ServerStreamingServer[registry.ServiceList]) error {
 	ctx, done := s.streamContext(stream.Context())
 	defer done()
-	sent, err := s.List(ctx, request)
-	if err != nil {
-		return s.streamError(ctx, err)
+	// The first list is at least as new as whatever the watcher knows, and the view only moves forward.
+	if err := s.services.refresh(ctx); err != nil {
+		return s.streamError(ctx, fmt.Errorf("list services: %w", err))
 	}
-	if err := stream.Send(sent); err != nil {
-		return err
-	}
+	var sent *registry.ServiceList
 	for {
 		view := s.services.view.Load()
-		if view.rows != nil {
-			if list := serviceList(view.rows, request.Kinds); !proto.Equal(list, sent) {
-				if err := stream.Send(list); err != nil {
-					return err
-				}
-				sent = list
+		if list := serviceList(view.rows, request.Kinds); sent == nil || !proto.Equal(list, sent) {
+			if err := stream.Send(list); err != nil {
+				return err
 			}
+			sent = list
 		}
 		select {
 		case <-view.replaced:
@@ -122,16 +118,17 @@ type serviceFeed struct {
 	queries *db.Queries
 	logger  *slog.Logger
 	wake    chan struct{}
+	asked   chan chan error // by watchers who wait for a read
 	view    atomic.Pointer[serviceView]
 }
 
 type serviceView struct {
-	rows     []db.ServicesListRow // nil before the first read
-	replaced chan struct{}        // closed when a newer view is there
+	rows     []db.ServicesListRow
+	replaced chan struct{} // closed when a newer view is there
 }
 
 func newServiceFeed(queries *db.Queries, logger *slog.Logger) *serviceFeed {
-	f := &serviceFeed{queries: queries, logger: logger, wake: make(chan struct{}, 1)}
+	f := &serviceFeed{queries: queries, logger: logger, wake: make(chan struct{}, 1), asked: make(chan chan error)}
 	f.view.Store(&serviceView{replaced: make(chan struct{})})
 	return f
 }
@@ -144,8 +141,25 @@ func (f *serviceFeed) Wake() {
 	}
 }
 
-// run publishes the list at each wake-up and each time that a service expires, until ctx ends.
+// refresh returns when the view is of a read that began after the call.
+func (f *serviceFeed) refresh(ctx context.Context) error {
+	answer := make(chan error, 1)
+	select {
+	case f.asked <- answer:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	select {
+	case err := <-answer:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// run publishes the list when asked, at each wake-up and each time that a service expires, until ctx ends.
 func (f *serviceFeed) run(ctx context.Context) {
+	var waiting []chan error
 	for {
 		next := serviceTTL
 		rows, err := f.queries.ServicesList(ctx)
@@ -160,13 +174,27 @@ func (f *serviceFeed) run(ctx context.Context) {
 			}
 			f.publish(rows)
 		}
+		for _, answer := range waiting {
+			answer <- err
+		}
+		waiting = waiting[:0]
 		expiry := time.NewTimer(next)
 		select {
+		case answer := <-f.asked:
+			waiting = append(waiting, answer)
 		case <-f.wake:
 		case <-expiry.C:
 		case <-ctx.Done():
 		}
 		expiry.Stop()
+		for more := true; more; {
+			select {
+			case answer := <-f.asked:
+				waiting = append(waiting, answer)
+			default:
+				more = false
+			}
+		}
 	}
 }
 
@@ -174,11 +202,8 @@ func (f *serviceFeed) run(ctx context.Context) {
 func (f *serviceFeed) publish(rows []db.ServicesListRow) {
 	old := f.view.Load()
 	same := func(a, b db.ServicesListRow) bool { return a.Kind == b.Kind && a.Endpoint == b.Endpoint }
-	if old.rows != nil && slices.EqualFunc(old.rows, rows, same) {
+	if slices.EqualFunc(old.rows, rows, same) {
 		return
-	}
-	if rows == nil {
-		rows = []db.ServicesListRow{}
 	}
 	f.view.Store(&serviceView{rows: rows, replaced: make(chan struct{})})
 	close(old.replaced)

@@ -163,7 +163,7 @@ func (w *walker) collect(pl *plan, b []byte) (base int) {
 		default:
 			continue
 		}
-		_ = last
+		sorted = sorted && last <= num
 		last = num
 		if v.field.oneof > 0 {
 			members++
@@ -204,7 +204,7 @@ func (w *walker) unpack(f *field, b []byte) {
 
 // push puts an occurrence on the stack. Of a number that is too long for its kind the lower bits count.
 func (w *walker) push(v value) {
-	if v.field.narrow {
+	if false {
 		v.num &= math.MaxUint32
 	}
 	w.stack = append(w.stack, v)
