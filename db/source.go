@@ -37,7 +37,7 @@ type source struct {
 func newSource(name, text, file string, cfg Config, log *slog.Logger) (*source, error) {
 	switch {
 	case text == "" && file == "":
-		return nil, fmt.Errorf("db: %s: empty; allowed are a URI like postgres://user@host/database and keywords like host=... user=... dbname=...", name)
+		return nil, fmt.Errorf("db: %s: empty; allowed are a URI like postgres://user@host/database and keywords like host=HOST user=USER dbname=NAME", name)
 	case text != "" && file != "":
 		return nil, fmt.Errorf("db: %s: given twice, as text and as file %s; allowed is one of them", name, file)
 	case file != "":

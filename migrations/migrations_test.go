@@ -473,7 +473,7 @@ func TestLockIsRetried(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer tx.Rollback(context.Background())
+	defer func() { _ = tx.Rollback(context.Background()) }()
 	if _, err := tx.Exec(ctx, "SELECT FROM pgbroker.one"); err != nil {
 		t.Fatal(err)
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -26,6 +27,7 @@ var (
 	errLeaseLost       = errors.New("lease no longer held")
 	errOverloaded      = errors.New("the server is overloaded: too many writes are waiting")
 	errStopping        = errors.New("the server is shutting down")
+	errPanicked        = errors.New("a request panicked") // logged where it is recovered
 )
 
 // invalidError is a request that names something impossible.
@@ -57,9 +59,9 @@ func toStatus(ctx context.Context, logger *slog.Logger, method string, err error
 	var pgErr *pgconn.PgError
 	switch {
 	case errors.As(err, &invalid), errors.Is(err, filter.ErrInvalid), errors.Is(err, projection.ErrInvalidPatch):
-		return status.Error(codes.InvalidArgument, err.Error())
+		return status.Error(codes.InvalidArgument, bounded(err.Error()))
 	case errors.Is(err, filter.ErrUnsupported):
-		return status.Error(codes.Unimplemented, err.Error())
+		return status.Error(codes.Unimplemented, bounded(err.Error()))
 	case errors.Is(err, errRecordNotFound), errors.Is(err, errOptionsNotFound):
 		return status.Error(codes.NotFound, err.Error())
 	case errors.Is(err, errLeaseTaken), errors.Is(err, errLeaseLost):
@@ -82,6 +84,8 @@ func toStatus(ctx context.Context, logger *slog.Logger, method string, err error
 		return status.Error(codes.DeadlineExceeded, "the request took too long")
 	case errors.Is(err, context.Canceled):
 		return status.Error(codes.Canceled, "the request was canceled")
+	case errors.Is(err, errPanicked):
+		return status.Error(codes.Internal, "internal error")
 	case errors.Is(err, pgx.ErrNoRows):
 		// Every query that may find nothing says so itself; state has its row always.
 		logger.ErrorContext(ctx, "a row is missing: is the schema complete?", "method", method, "error", err)
@@ -90,4 +94,15 @@ func toStatus(ctx context.Context, logger *slog.Logger, method string, err error
 		logger.ErrorContext(ctx, "request failed", "method", method, "error", err)
 		return status.Error(codes.Internal, "internal error")
 	}
+}
+
+// maxErrorBytes bounds messages that may quote the request: they travel in a header, of which proxies take
+// no more than some 60 kB.
+const maxErrorBytes = 1024
+
+func bounded(message string) string {
+	if len(message) <= maxErrorBytes {
+		return message
+	}
+	return strings.ToValidUTF8(message[:maxErrorBytes], "") + "…"
 }

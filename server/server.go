@@ -24,14 +24,12 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	_ "google.golang.org/grpc/encoding/gzip" // for clients that ask for compression
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/reflection"
-	"google.golang.org/grpc/status"
 
 	"pgbroker/db"
 	"pgbroker/proto/databroker"
@@ -234,7 +232,9 @@ func (s *Server) Run(ctx context.Context, listener net.Listener) error {
 		err = fmt.Errorf("serve: %w", err)
 	case <-ctx.Done():
 		s.shutDown(ctx)
-		<-served
+		if stopped := <-served; stopped != nil {
+			err = fmt.Errorf("serve: %w", stopped)
+		}
 	}
 	s.stop()
 	stopBackground()
@@ -312,7 +312,7 @@ func (s *Server) deadline(ctx context.Context, request any, _ *grpc.UnaryServerI
 // recovered turns a panic into an error: one request must not end the others.
 func (s *Server) recovered(ctx context.Context, panicked any) error {
 	s.logger.ErrorContext(ctx, "a request panicked", "panic", panicked, "stack", string(debug.Stack()))
-	return status.Error(codes.Internal, "internal error")
+	return errPanicked
 }
 
 // Services returns the services that the server offers, and their methods.

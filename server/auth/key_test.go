@@ -74,7 +74,7 @@ func TestKeyRoundTrip(t *testing.T) {
 			t.Fatalf("got %v, %v", back, err)
 		}
 	})
-	if NewKey() == NewKey() {
+	if one, other := NewKey(), NewKey(); one == other {
 		t.Error("two new keys are equal")
 	}
 }

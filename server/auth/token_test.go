@@ -261,7 +261,7 @@ func reference(token string, key Key, now time.Time) error {
 // members counts the members of a JSON object, repetitions included.
 func members(object []byte) (n int) {
 	d := json.NewDecoder(bytes.NewReader(object))
-	d.Token()
+	_, _ = d.Token()
 	for d.More() {
 		var value json.RawMessage
 		if _, err := d.Token(); err != nil {
@@ -293,7 +293,7 @@ func checkAgainstReference(t interface{ Fatalf(string, ...any) }, token string, 
 	}
 	payload, _ := b64.DecodeString(segments[1])
 	var fields map[string]any
-	json.Unmarshal(header, &fields)
+	_ = json.Unmarshal(header, &fields)
 	_, crit := fields["crit"]
 	switch {
 	case v.reason == ReasonExtraClaim && members(payload) > 1: // exp twice

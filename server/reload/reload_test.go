@@ -91,7 +91,7 @@ func TestChange(t *testing.T) {
 		}
 		time.Sleep(Interval - 1)
 		f.want("hello1+hello2", 0, "")
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		f.want("hello3+hello2", 1, `msg="file reloaded" what=greeting files="[`+one+" "+two+`]" in_force=shown`)
 
 		// A check has just been, so neither this caller nor one that was about to check, too, reads again.

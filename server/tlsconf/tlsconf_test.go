@@ -645,7 +645,7 @@ func TestGRPC(t *testing.T) {
 		config.NextProtos = protocols
 		conn, err := tls.Dial("tcp", listener.Addr().String(), config)
 		if err == nil { // with TLS 1.3 the client is done before the server has seen its certificate
-			if n, readErr := conn.Read(make([]byte, 1)); readErr != io.EOF {
+			if n, readErr := conn.Read(make([]byte, 1)); !errors.Is(readErr, io.EOF) {
 				t.Errorf("%q: read %d bytes, %v, want the connection closed", protocols, n, readErr)
 			}
 			conn.Close()

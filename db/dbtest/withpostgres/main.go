@@ -37,7 +37,7 @@ func main() {
 }
 
 // run returns the exit status of the command, or 1 and an error.
-func run(args []string) (int, error) {
+func run(args []string) (exit int, err error) {
 	signals := make(chan os.Signal, 10)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT)
 
@@ -58,7 +58,11 @@ func run(args []string) (int, error) {
 		if err != nil {
 			return 1, err
 		}
-		defer server.Stop(context.Background())
+		defer func() {
+			if stopErr := server.Stop(context.Background()); stopErr != nil {
+				exit, err = max(exit, 1), errors.Join(err, stopErr)
+			}
+		}()
 		env = append(env, dbtest.URLEnv+"="+server.ConnString())
 	}
 
