@@ -22,7 +22,9 @@ import (
 func TestMain(m *testing.M) {
 	flag.Parse()
 	if checks := flag.Lookup("rapid.checks"); checks.Value.String() == checks.DefValue {
-		checks.Value.Set("3000")
+		if err := checks.Value.Set("3000"); err != nil {
+			panic(err)
+		}
 	}
 	m.Run()
 }

@@ -10,8 +10,12 @@ import (
 	"testing"
 
 	"github.com/jackc/pgx/v5"
+	"google.golang.org/protobuf/encoding/prototext"
 	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/reflect/protodesc"
 	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/types/descriptorpb"
+	"google.golang.org/protobuf/types/dynamicpb"
 	"google.golang.org/protobuf/types/known/structpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
@@ -72,6 +76,31 @@ func TestRepeatedMapKeys(t *testing.T) {
 	}
 }
 
+// Numbers may have more bits than their kind, in map keys too.
+func TestOverlongMapKeys(t *testing.T) {
+	p := New(testTypes(t))
+	mt, err := p.types.FindMessageByName("pb3.All")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[protoreflect.Kind]string{
+		protoreflect.BoolKind: "true", protoreflect.Int32Kind: "2", protoreflect.Uint32Kind: "2", protoreflect.Sint32Kind: "1",
+		protoreflect.Int64Kind: "4294967298", protoreflect.Uint64Kind: "4294967298", protoreflect.Sint64Kind: "2147483649",
+	}
+	fields := mt.Descriptor().Fields()
+	for i := range fields.Len() {
+		fd := fields.Get(i)
+		if !fd.IsMap() || want[fd.MapKey().Kind()] == "" {
+			continue
+		}
+		key := protowire.AppendVarint(protowire.AppendTag(nil, 1, protowire.VarintType), 1<<32+2)
+		got := string(p.Project(wrap("pb3.All", bytesField(fd.Number(), key))).Data)
+		if want := `{"` + string(fd.Name()) + `":{"` + want[fd.MapKey().Kind()] + `":""}}`; got != want {
+			t.Errorf("Data = %s, want %s", got, want)
+		}
+	}
+}
+
 // What a newer client adds to a message does not keep the rest from being seen. A wrong wire type counts as unknown.
 func TestUnknownFieldsAreSkipped(t *testing.T) {
 	b := bytesField(3, []byte("ann"))
@@ -84,6 +113,34 @@ func TestUnknownFieldsAreSkipped(t *testing.T) {
 	payload = append(append(payload, unknownField...), serialize(t, &user.User{Name: "ann"})...)
 	if got, want := string(New(nil).Project(payload).Data), `{"name":"ann"}`; got != want {
 		t.Errorf("unknown fields in the Any: Data = %s, want %s", got, want)
+	}
+}
+
+// Descriptors that are loaded at run time may call anything google.protobuf.Struct. What comes of it is of no use, but it
+// is JSON.
+func TestStrangeWellKnownTypes(t *testing.T) {
+	file := new(descriptorpb.FileDescriptorProto)
+	var text strings.Builder
+	text.WriteString(`name: "strange.proto" package: "google.protobuf" syntax: "proto3" `)
+	for name := range wellKnown {
+		text.WriteString(`message_type { name: "` + string(name.Name()) + `" }
+			message_type { name: "S` + string(name.Name()) + `"
+				field { name: "x" number: 1 label: LABEL_OPTIONAL type: TYPE_MESSAGE type_name: ".` + string(name) + `" } } `)
+	}
+	if err := prototext.Unmarshal([]byte(text.String()), file); err != nil {
+		t.Fatal(err)
+	}
+	files, err := protodesc.NewFiles(&descriptorpb.FileDescriptorSet{File: []*descriptorpb.FileDescriptorProto{file}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := New(dynamicpb.NewTypes(files))
+	for name := range wellKnown {
+		for _, payload := range [][]byte{wrap(name, nil), wrap(name.Parent().Append("S"+name.Name()), bytesField(1, nil))} {
+			if got := p.Project(payload); !json.Valid(got.Data) {
+				t.Errorf("%s: Data = %q, want JSON", name, got.Data)
+			}
+		}
 	}
 }
 
@@ -147,10 +204,16 @@ func TestLargePayloads(t *testing.T) {
 	}
 	types := New(testTypes(t))
 	bools := fieldNamed(t, types, "pb3.All", protoreflect.BoolKind)
+	if got := types.Project(wrap("pb3.All", bytesField(bools, make([]byte, maxValues)))); len(got.Data) < 6*maxValues {
+		t.Errorf("Data of %d bytes, want all of it", len(got.Data))
+	}
+	enums := fieldNamed(t, types, "pb3.All", protoreflect.EnumKind)
 	for what, projection := range map[string]Projection{
 		"string": p.Project(serialize(t, wrapperspb.String(large+"x"))),
-		// A byte each on the wire, six in JSON.
-		"packed": types.Project(wrap("pb3.All", bytesField(bools, make([]byte, maxData/5)))),
+		// A byte each on the wire, eight in JSON: "GREEN",
+		"names":         types.Project(wrap("pb3.All", bytesField(enums, bytes.Repeat([]byte{1}, maxValues)))),
+		"packed values": types.Project(wrap("pb3.All", bytesField(bools, make([]byte, maxValues+1)))),
+		"values":        p.Project(wrap("google.protobuf.ListValue", bytes.Repeat(bytesField(1, nil), maxValues+1))),
 	} {
 		if projection.Data != nil || projection.SearchText != "" {
 			t.Errorf("%s: Data of %d bytes, want none", what, len(projection.Data))
@@ -203,8 +266,8 @@ func TestPostgresTakesProjections(t *testing.T) {
 		"scalar":     linked.Project(serialize(t, wrapperspb.Bool(true))),
 		"deepest":    linked.Project(wrap("google.protobuf.Value", nest((maxDepth-1)/2))),
 		"large text": linked.Project(serialize(t, wrapperspb.String(strings.Repeat("Éx", 2<<20)))),
-		"large list": loaded.Project(wrap("pb3.All", bytesField(bools, make([]byte, maxData/6-100)))),
-		"most":       loaded.Project(wrap("pb3.All", bytesField(ints, make([]byte, maxData/2-100)))),
+		"large list": loaded.Project(wrap("pb3.All", bytesField(bools, make([]byte, maxValues)))),
+		"most":       loaded.Project(wrap("pb3.All", bytesField(ints, make([]byte, maxValues)))),
 	} {
 		if pr.Data == nil {
 			t.Errorf("%s: no projection", what)

@@ -9,7 +9,9 @@ import (
 func TestMain(m *testing.M) {
 	flag.Parse()
 	if checks := flag.Lookup("rapid.checks"); checks.Value.String() == checks.DefValue {
-		checks.Value.Set("2000")
+		if err := checks.Value.Set("2000"); err != nil {
+			panic(err)
+		}
 	}
 	m.Run()
 }

@@ -196,7 +196,9 @@ func TestPatchKeepsUnknownFields(t *testing.T) {
 	inner := append(bytesField(1, []byte("issuer")), unknownField...)
 	dst := append(bytesField(2, []byte("id")), unknownField...)
 	dst = append(dst, bytesField(6, inner)...)
-	payload := append(wrap("session.Session", dst), unknownField...)
+	// A value of the wrong wire type is unknown too.
+	unknown := append(protowire.AppendVarint(protowire.AppendTag(nil, 2, protowire.VarintType), 7), unknownField...)
+	payload := append(wrap("session.Session", dst), unknown...)
 	got, err := New(nil).Patch(payload, serialize(t, &session.Session{UserId: "u"}), mask("user_id", "id_token.subject"))
 	if err != nil {
 		t.Fatal(err)
@@ -205,7 +207,7 @@ func TestPatchKeepsUnknownFields(t *testing.T) {
 	if err := proto.Unmarshal(got, a); err != nil {
 		t.Fatal(err)
 	}
-	if !bytes.Equal(a.ProtoReflect().GetUnknown(), unknownField) {
+	if !bytes.Equal(a.ProtoReflect().GetUnknown(), unknown) {
 		t.Errorf("unknown fields of the Any: %x", a.ProtoReflect().GetUnknown())
 	}
 	s := new(session.Session)

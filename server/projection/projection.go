@@ -59,7 +59,8 @@ type Projection struct {
 	// "-Infinity", and timestamps and durations out of range become null.
 	//
 	// Data is nil if the type is unknown, if the bytes are not a message of the type, and for messages that would be
-	// more trouble than use as JSON: nested deeper than 200 messages or larger than 8 MiB.
+	// more trouble than use as JSON: nested deeper than 200 messages, larger than 8 MiB or with lists of a million
+	// elements.
 	Data []byte
 
 	// SearchText is the text that a text query searches: every string in the message in lower case, with U+001F

@@ -264,7 +264,9 @@ func BenchmarkLibrary(b *testing.B) {
 					b.Fatal(err)
 				}
 				var compacted bytes.Buffer
-				json.Compact(&compacted, js)
+				if err := json.Compact(&compacted, js); err != nil {
+					b.Fatal(err)
+				}
 			}
 		})
 	}
