@@ -44,8 +44,8 @@ type QueryAllRow struct {
 // Queries: each is one statement, so that versions, count and page belong to one snapshot, and returns
 // at least one row: without a record (version 0) if the page is empty.
 //
-// A filter is a jsonpath predicate over the projection, with the record's id, type and prefix as
-// variables. Matching keys are collected and counted before any payload is read.
+// A filter is a jsonpath predicate over the projection; with_vars gives it the record's id, type and prefix
+// as variables, which is what most of its time is spent on. Matching keys are collected and counted before any payload is read.
 // Every record of a type, or of all types; counted without a scan.
 //
 //	SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
@@ -95,8 +95,9 @@ WITH matched AS MATERIALIZED (
   WHERE r.index_fields @> ANY (($3::text[])::jsonb[])
     AND r.type = $4
     AND ($5::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), nullif($5::text, '')::jsonpath,
-           jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text), true))
-    AND ($6::text = '' OR strpos(r.search_text, $6::text) > 0)
+           CASE WHEN $6::boolean
+             THEN jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text) ELSE '{}' END, true))
+    AND ($7::text = '' OR strpos(r.search_text, $7::text) > 0)
 )
 SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
        coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
@@ -111,12 +112,13 @@ ORDER BY r.type, r.id
 `
 
 type QueryFieldParams struct {
-	Skip    int64
-	MaxRows int64
-	Terms   []string
-	Type    string
-	Filter  string
-	Search  string
+	Skip     int64
+	MaxRows  int64
+	Terms    []string
+	Type     string
+	Filter   string
+	WithVars bool
+	Search   string
 }
 
 type QueryFieldRow struct {
@@ -138,8 +140,9 @@ type QueryFieldRow struct {
 //	  WHERE r.index_fields @> ANY (($3::text[])::jsonb[])
 //	    AND r.type = $4
 //	    AND ($5::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), nullif($5::text, '')::jsonpath,
-//	           jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text), true))
-//	    AND ($6::text = '' OR strpos(r.search_text, $6::text) > 0)
+//	           CASE WHEN $6::boolean
+//	             THEN jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text) ELSE '{}' END, true))
+//	    AND ($7::text = '' OR strpos(r.search_text, $7::text) > 0)
 //	)
 //	SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
 //	       coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
@@ -158,6 +161,7 @@ func (q *Queries) QueryField(ctx context.Context, arg QueryFieldParams) ([]Query
 		arg.Terms,
 		arg.Type,
 		arg.Filter,
+		arg.WithVars,
 		arg.Search,
 	)
 	if err != nil {
@@ -269,8 +273,9 @@ matched AS MATERIALIZED (
   FROM candidates
   JOIN pgbroker.records r USING (type, id)
   WHERE ($6::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), nullif($6::text, '')::jsonpath,
-           jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text), true))
-    AND ($7::text = '' OR strpos(r.search_text, $7::text) > 0)
+           CASE WHEN $7::boolean
+             THEN jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text) ELSE '{}' END, true))
+    AND ($8::text = '' OR strpos(r.search_text, $8::text) > 0)
 )
 SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
        coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
@@ -291,6 +296,7 @@ type QueryKeysParams struct {
 	Type      string
 	Addresses []string
 	Filter    string
+	WithVars  bool
 	Search    string
 }
 
@@ -327,8 +333,9 @@ type QueryKeysRow struct {
 //	  FROM candidates
 //	  JOIN pgbroker.records r USING (type, id)
 //	  WHERE ($6::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), nullif($6::text, '')::jsonpath,
-//	           jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text), true))
-//	    AND ($7::text = '' OR strpos(r.search_text, $7::text) > 0)
+//	           CASE WHEN $7::boolean
+//	             THEN jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text) ELSE '{}' END, true))
+//	    AND ($8::text = '' OR strpos(r.search_text, $8::text) > 0)
 //	)
 //	SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
 //	       coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
@@ -348,6 +355,7 @@ func (q *Queries) QueryKeys(ctx context.Context, arg QueryKeysParams) ([]QueryKe
 		arg.Type,
 		arg.Addresses,
 		arg.Filter,
+		arg.WithVars,
 		arg.Search,
 	)
 	if err != nil {
@@ -383,8 +391,9 @@ WITH matched AS MATERIALIZED (
   FROM pgbroker.records r
   WHERE ($3::text = '' OR r.type = $3::text)
     AND ($4::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), nullif($4::text, '')::jsonpath,
-           jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text), true))
-    AND ($5::text = '' OR strpos(r.search_text, $5::text) > 0)
+           CASE WHEN $5::boolean
+             THEN jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text) ELSE '{}' END, true))
+    AND ($6::text = '' OR strpos(r.search_text, $6::text) > 0)
 )
 SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
        coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
@@ -399,11 +408,12 @@ ORDER BY r.type, r.id
 `
 
 type QueryScanParams struct {
-	Skip    int64
-	MaxRows int64
-	Type    string
-	Filter  string
-	Search  string
+	Skip     int64
+	MaxRows  int64
+	Type     string
+	Filter   string
+	WithVars bool
+	Search   string
 }
 
 type QueryScanRow struct {
@@ -424,8 +434,9 @@ type QueryScanRow struct {
 //	  FROM pgbroker.records r
 //	  WHERE ($3::text = '' OR r.type = $3::text)
 //	    AND ($4::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), nullif($4::text, '')::jsonpath,
-//	           jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text), true))
-//	    AND ($5::text = '' OR strpos(r.search_text, $5::text) > 0)
+//	           CASE WHEN $5::boolean
+//	             THEN jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text) ELSE '{}' END, true))
+//	    AND ($6::text = '' OR strpos(r.search_text, $6::text) > 0)
 //	)
 //	SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
 //	       coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
@@ -443,6 +454,7 @@ func (q *Queries) QueryScan(ctx context.Context, arg QueryScanParams) ([]QuerySc
 		arg.MaxRows,
 		arg.Type,
 		arg.Filter,
+		arg.WithVars,
 		arg.Search,
 	)
 	if err != nil {

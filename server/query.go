@@ -15,6 +15,7 @@ import (
 	"pgbroker/db"
 	"pgbroker/proto/databroker"
 	"pgbroker/server/filter"
+	"pgbroker/server/projection"
 )
 
 // queryRow is a row of any of the queries in queries/query.sql, which all return the same columns: at
@@ -72,6 +73,10 @@ func (s *brokerServer) query(ctx context.Context, request *databroker.QueryReque
 	queries := s.queries
 	access := parsed.Access()
 	search := strings.ToLower(request.Query)
+	if strings.ContainsRune(search, projection.Separator) {
+		// It could match only across two fields, which is no match.
+		access, search = filter.Access{Kind: filter.AccessKeys, Exact: true}, ""
+	}
 	everything := access.Kind == filter.AccessNone && access.Exact
 
 	switch {
@@ -101,7 +106,7 @@ func (s *brokerServer) query(ctx context.Context, request *databroker.QueryReque
 			addresses[i] = prefix.String()
 		}
 		rows, err := queries.QueryKeys(ctx, db.QueryKeysParams{
-			Type: request.Type, IDs: access.IDs, Addresses: addresses, Filter: predicate, Search: search,
+			Type: request.Type, IDs: access.IDs, Addresses: addresses, Filter: predicate, WithVars: parsed.UsesVars(), Search: search,
 			Skip: request.Offset, MaxRows: request.Limit,
 		})
 		return convertRows(rows, func(r db.QueryKeysRow) queryRow { return queryRow(r) }), err
@@ -113,7 +118,7 @@ func (s *brokerServer) query(ctx context.Context, request *databroker.QueryReque
 				return nil, err
 			}
 			rows, err := queries.QueryField(ctx, db.QueryFieldParams{
-				Type: request.Type, Terms: terms, Filter: predicate, Search: search,
+				Type: request.Type, Terms: terms, Filter: predicate, WithVars: parsed.UsesVars(), Search: search,
 				Skip: request.Offset, MaxRows: request.Limit,
 			})
 			return convertRows(rows, func(r db.QueryFieldRow) queryRow { return queryRow(r) }), err
@@ -126,7 +131,7 @@ func (s *brokerServer) query(ctx context.Context, request *databroker.QueryReque
 		}
 	}
 	rows, err := queries.QueryScan(ctx, db.QueryScanParams{
-		Type: request.Type, Filter: predicate, Search: search, Skip: request.Offset, MaxRows: request.Limit,
+		Type: request.Type, Filter: predicate, WithVars: parsed.UsesVars(), Search: search, Skip: request.Offset, MaxRows: request.Limit,
 	})
 	return convertRows(rows, func(r db.QueryScanRow) queryRow { return queryRow(r) }), err
 }

@@ -150,7 +150,7 @@ func TestS15_BadTokens(t *testing.T) {
 		"cut off":                 {good[:len(good)-2]},
 		"other claims, signature": {parts[0] + "." + base64.RawURLEncoding.EncodeToString([]byte(`{"exp":9999999999}`)) + "." + parts[2]},
 		"bearer":                  {"Bearer " + good},
-		"white space":             {good + "\t"},
+		"white space":             {parts[0] + " ." + parts[1] + "." + parts[2]},
 		"other key":               {sign(t, jwt.SigningMethodHS256, other, hour)},
 		"the secret, not its key": {sign(t, jwt.SigningMethodHS256, []byte(servertest.Secret), hour)},
 		"empty key":               {sign(t, jwt.SigningMethodHS256, []byte{}, hour)},

@@ -31,6 +31,9 @@ func TestS1_AWriteIsVisibleAtOnceEverywhere(t *testing.T) {
 		if found.RecordVersion < version {
 			t.Errorf("Query reports record version %d after %d was written", found.RecordVersion, version)
 		}
+		if other := query(t, r, userType, "").RecordVersion; other < version {
+			t.Errorf("Query of another type reports record version %d after %d was written", other, version)
+		}
 		if latest := position(t, r).LatestRecordVersion; latest < version {
 			t.Errorf("ServerInfo reports record version %d after %d was written", latest, version)
 		}

@@ -154,10 +154,14 @@ func TestD32_WatchersHearOfExpiry(t *testing.T) {
 			break
 		}
 	}
+	begin := time.Now()
 	b.Database.Exec(t, "UPDATE pgbroker.services SET expires_at = clock_timestamp() + interval '100 milliseconds'")
 	list, err := stream.Recv()
 	if err != nil || len(list.Services) > 0 {
 		t.Errorf("got %v, %v", list, err)
+	}
+	if took := time.Since(begin); took > 20*time.Second {
+		t.Errorf("heard of it after %v", took)
 	}
 }
 

@@ -19,6 +19,8 @@ import (
 	"pgbroker/proto/databroker"
 	"pgbroker/proto/session"
 	"pgbroker/proto/user"
+	"pgbroker/server"
+	"pgbroker/server/servertest"
 )
 
 // TestS5_SyncOfAnotherServerVersionIsAborted, whatever the record version is.
@@ -606,4 +608,20 @@ func TestTimestampsOfStreams(t *testing.T) {
 	if stored.ModifiedAt.Nanos%1000 != 0 {
 		t.Errorf("modified at %v: Postgres keeps microseconds", stored.ModifiedAt)
 	}
+}
+
+// TestMuchAtOnce: one notification is enough for a change of any size, and for any number of them.
+func TestMuchAtOnce(t *testing.T) {
+	t.Parallel()
+	b := servertest.New(t, servertest.Options{Configure: func(c *server.Config) { c.PollInterval = time.Hour }})
+	stream := followNow(t, b, thingType)
+	const n = 16
+	data, err := proto.Marshal(&anypb.Any{Value: make([]byte, 1<<20)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.Database.Exec(t, "INSERT INTO pgbroker.records (type, id, payload) SELECT $1, n, $2 FROM generate_series(1, $3::integer) AS n", thingType, data, n)
+	stream.changes(n)
+	b.Database.Exec(t, "INSERT INTO pgbroker.records (type, id) SELECT $1, 'm' || n FROM generate_series(1, 5000) AS n", thingType)
+	stream.changes(5000)
 }

@@ -177,7 +177,7 @@ func (o oracle) compare(t rapid.TB, p *Projector, md protoreflect.MessageDescrip
 	}
 	var search []string
 	if got.SearchText != "" {
-		search = strings.Split(got.SearchText, string(separator))
+		search = strings.Split(got.SearchText, string(Separator))
 		slices.Sort(search)
 	}
 	if diff := cmp.Diff(wantSearch, search); diff != "" && (len(wantSearch) > 0 || len(search) > 0) {

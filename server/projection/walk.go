@@ -29,8 +29,8 @@ const (
 	// maxValues bounds the fields and list elements that are being written at a time. Few bytes on the wire can be very
 	// many of them, and then time and memory, here and in PostgreSQL's parser, go out of proportion.
 	maxValues = 1 << 20
-	// separator stands between two strings of the search text.
-	separator = '\x1f'
+	// Separator stands between two strings of the search text, and in none of them.
+	Separator = '\x1f'
 )
 
 // walker writes JSON and search text in one pass over the wire format, guided by descriptors.
@@ -456,7 +456,7 @@ func (w *walker) string(s []byte) {
 	w.json = append(w.json, '"')
 }
 
-var notSearched = strings.NewReplacer("\x00", "", string(separator), "")
+var notSearched = strings.NewReplacer("\x00", "", string(Separator), "")
 
 // text adds a string to the search text.
 func (w *walker) text(s []byte) {
@@ -465,7 +465,7 @@ func (w *walker) text(s []byte) {
 	}
 	before := len(w.search)
 	if before > 0 {
-		w.search = append(w.search, separator)
+		w.search = append(w.search, Separator)
 	}
 	start := len(w.search)
 	for _, c := range s {
@@ -476,7 +476,7 @@ func (w *walker) text(s []byte) {
 		if 'A' <= c && c <= 'Z' {
 			c += 'a' - 'A'
 		}
-		if c != 0 && c != separator {
+		if c != 0 && c != Separator {
 			w.search = append(w.search, c)
 		}
 	}
