@@ -20,7 +20,7 @@ func (f *Feed) tail(ctx context.Context) {
 	defer tick.Stop()
 	asked := true
 	for {
-		found, err := f.readNew(ctx)
+		found, more, err := f.readNew(ctx)
 		if ctx.Err() != nil {
 			return
 		}
@@ -28,8 +28,8 @@ func (f *Feed) tail(ctx context.Context) {
 		if found > 0 && !asked && f.stats.listening.Load() {
 			f.stats.unannounced.Add(1)
 		}
-		if err == nil && found >= tailRows {
-			continue // there is more
+		if more {
+			continue
 		}
 		select {
 		case <-f.wake:
@@ -62,8 +62,9 @@ func (f *Feed) noteRead(ctx context.Context, err error) {
 	f.publish(func(v *view) { v.err = err })
 }
 
-// readNew reads what follows the head, publishes it and says how many changes that were.
-func (f *Feed) readNew(ctx context.Context) (int, error) {
+// readNew reads what follows the head and publishes it. It returns how many changes that were, and whether
+// there are more.
+func (f *Feed) readNew(ctx context.Context) (found int, more bool, err error) {
 	v := f.view.Load()
 	after := v.head
 	if v.serverVersion == 0 {
@@ -73,30 +74,30 @@ func (f *Feed) readNew(ctx context.Context) (int, error) {
 		After: after, MaxRows: tailRows, MaxBytes: tailBytes,
 	})
 	if err != nil {
-		return 0, err
+		return 0, false, err
 	}
 	f.stats.tailReads.Add(1)
 	first := &rows[0]
 	options := v.options
 	if options == nil || options.version != first.OptionsVersion {
 		if options, err = f.readOptions(ctx, first.OptionsVersion); err != nil {
-			return 0, err
+			return 0, false, err
 		}
 	}
 	switch {
 	case v.serverVersion != first.ServerVersion:
 		f.restart(options, first)
-		return 0, nil
+		return 0, false, nil
 	case first.Lost || first.LatestVersion < v.head:
-		return 0, f.forgetLost(ctx, v, first)
+		return 0, false, f.forgetLost(ctx, v, first)
 	case first.Version == 0:
 		if options != v.options {
 			f.publish(func(v *view) { v.options = options })
 		}
-		return 0, nil
+		return 0, false, nil
 	}
 	f.append(options, rows)
-	return len(rows), nil
+	return len(rows), rows[len(rows)-1].Version < first.LatestVersion, nil
 }
 
 // restart publishes an empty ring at the end of the log.
