@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"go/parser"
+	"go/token"
 	"io/fs"
 	"net/url"
 	"os"
@@ -463,6 +465,12 @@ func TestReadmeNames(t *testing.T) {
 			t.Errorf("README.md mentions %q, which is no command", path+found[2])
 		}
 	}
+	source := goSource(t, func(name string) bool { return !strings.HasSuffix(name, "_test.go") })
+	for _, metric := range regexp.MustCompile("`(pgbroker_[a-z]+_[a-z_]+)`").FindAllStringSubmatch(string(text), -1) {
+		if !strings.Contains(source, `"`+metric[1]+`"`) {
+			t.Errorf("README.md mentions the metric %s, which there is not", metric[1])
+		}
+	}
 	for _, link := range regexp.MustCompile(`\]\(([a-z/]+\.md)\)`).FindAllStringSubmatch(string(text), -1) {
 		if _, err := os.Stat("../../" + link[1]); err != nil {
 			t.Errorf("README.md links to %s: %v", link[1], err)
@@ -470,23 +478,28 @@ func TestReadmeNames(t *testing.T) {
 	}
 }
 
-// TestDocsNameWhatIsThere looks for the tests that the documents promise, and for the dependencies that they explain.
-func TestDocsNameWhatIsThere(t *testing.T) {
-	t.Parallel()
-	var tests strings.Builder
+// goSource returns the text of the Go files of the repository that a name filter lets through.
+func goSource(t *testing.T, wanted func(name string) bool) string {
+	t.Helper()
+	var all strings.Builder
 	err := filepath.WalkDir("../..", func(path string, entry fs.DirEntry, err error) error {
-		if err != nil || entry.IsDir() || !strings.HasSuffix(path, "_test.go") {
+		if err != nil || entry.IsDir() || !strings.HasSuffix(path, ".go") || !wanted(path) {
 			return err
 		}
 		source, err := os.ReadFile(path)
-		for _, name := range regexp.MustCompile(`(?m)^func (Test\w+)`).FindAllSubmatch(source, -1) {
-			fmt.Fprintf(&tests, " %s ", name[1])
-		}
+		all.Write(source)
 		return err
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
+	return all.String()
+}
+
+// TestDocsNameWhatIsThere looks for the tests that the documents promise, and for the dependencies that they explain.
+func TestDocsNameWhatIsThere(t *testing.T) {
+	t.Parallel()
+	tests := goSource(t, func(name string) bool { return strings.HasSuffix(name, "_test.go") })
 	documents, err := filepath.Glob("../../docs/*.md")
 	if err != nil {
 		t.Fatal(err)
@@ -497,28 +510,61 @@ func TestDocsNameWhatIsThere(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, name := range regexp.MustCompile(`\bTest[A-Z]\w+`).FindAllString(string(text), -1) {
-			if !strings.Contains(tests.String(), " "+name+" ") {
+			if !strings.Contains(tests, "\nfunc "+name+"(") {
 				t.Errorf("%s mentions %s, which is no test", filepath.Base(path), name)
 			}
 		}
 	}
 
-	modules := func(path string, pattern *regexp.Regexp) []string {
-		t.Helper()
-		text, err := os.ReadFile(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		var names []string
-		for _, found := range pattern.FindAllSubmatch(text, -1) {
-			names = append(names, string(found[1]))
-		}
-		slices.Sort(names)
-		return names
+	used := directModules(t)
+	text, err := os.ReadFile("../../docs/dependencies.md")
+	if err != nil {
+		t.Fatal(err)
 	}
-	used := modules("../../go.mod", regexp.MustCompile(`(?m)^(?:require)?\s+([^\s()]+) v\S+$`)) // without // indirect
-	explained := modules("../../docs/dependencies.md", regexp.MustCompile("(?m)^\\| `([^` ]+[.][^` ]+/[^` ]+)` \\|"))
+	var explained []string
+	for _, found := range regexp.MustCompile("(?m)^\\| `([^` ]+[.][^` ]+/[^` ]+)` \\|").FindAllSubmatch(text, -1) {
+		explained = append(explained, string(found[1]))
+	}
+	slices.Sort(explained)
 	if !slices.Equal(used, explained) {
-		t.Errorf("go.mod requires\n%q\nbut docs/dependencies.md explains\n%q", used, explained)
+		t.Errorf("the code uses\n%q\nbut docs/dependencies.md explains\n%q", used, explained)
 	}
+}
+
+// directModules returns the modules from which the code of the repository imports something.
+func directModules(t *testing.T) []string {
+	t.Helper()
+	text, err := os.ReadFile("../../go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	required := regexp.MustCompile(`(?m)^(?:require)?\s+([^\s()]+) v`).FindAllSubmatch(text, -1)
+	var used []string
+	err = filepath.WalkDir("../..", func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || entry.IsDir() || !strings.HasSuffix(path, ".go") {
+			return err
+		}
+		file, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.ImportsOnly)
+		if err != nil {
+			return err
+		}
+		for _, spec := range file.Imports {
+			from := "" // the longest one, where modules are nested
+			for _, module := range required {
+				name := string(module[1])
+				if strings.HasPrefix(strings.Trim(spec.Path.Value, `"`)+"/", name+"/") && len(name) > len(from) {
+					from = name
+				}
+			}
+			if from != "" && !slices.Contains(used, from) {
+				used = append(used, from)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	slices.Sort(used)
+	return used
 }

@@ -282,8 +282,16 @@ func TestClearUnderLoad(t *testing.T) {
 		}
 	}
 	close(stop)
-	clearAll(t, b) // ends the last streams
-	group.Wait()
+	ended := make(chan struct{})
+	go func() { defer close(ended); group.Wait() }()
+	for over := false; !over; { // until the last stream has ended, which may not even have begun
+		clearAll(t, b)
+		select {
+		case <-ended:
+			over = true
+		default:
+		}
+	}
 }
 
 // TestTruncateInSQLIsClear: what an operator types has the same effect.
