@@ -215,11 +215,6 @@ func ephemeralDir(parent string, a account) (string, *lock, error) {
 		if err != nil {
 			return "", nil, err
 		}
-		if a.switched {
-			if err := os.Chmod(dir, 0o711); err != nil {
-				return "", nil, err
-			}
-		}
 		// Another process may see the new directory before it is locked and
 		// take it for a leftover. Then it is gone, and the next one is tried.
 		l, err := lockDir(dir)
@@ -229,6 +224,12 @@ func ephemeralDir(parent string, a account) (string, *lock, error) {
 		if err != nil {
 			os.RemoveAll(dir)
 			return "", nil, err
+		}
+		if a.switched {
+			if err := os.Chmod(dir, 0o711); err != nil {
+				l.release()
+				return "", nil, err
+			}
 		}
 		return dir, l, nil
 	}
