@@ -210,18 +210,23 @@ func (f *Feed) Open(ctx context.Context, serverVersion, version int64, recordTyp
 // ErrDataSetChanged if the database has another one: this replica or the client may be the one that has
 // not heard of a change yet.
 func (f *Feed) awaitDataSet(ctx context.Context, serverVersion int64) error {
-	follows := func(v *view) bool { return v.serverVersion == serverVersion && serverVersion != 0 }
-	if follows(f.view.Load()) {
-		return nil
+	for {
+		v := f.view.Load()
+		if v.serverVersion == serverVersion && serverVersion != 0 {
+			return nil
+		}
+		// Each time anew: the data set that this replica is to catch up with may be replaced before it does.
+		state, err := f.config.Queries.StateGet(ctx)
+		if err != nil {
+			return fmt.Errorf("read the server version: %w", err)
+		}
+		if state.ServerVersion != serverVersion {
+			return ErrDataSetChanged
+		}
+		if err := f.await(ctx, func(newer *view) bool { return newer != v }); err != nil {
+			return err
+		}
 	}
-	state, err := f.config.Queries.StateGet(ctx)
-	if err != nil {
-		return fmt.Errorf("read the server version: %w", err)
-	}
-	if state.ServerVersion != serverVersion {
-		return ErrDataSetChanged
-	}
-	return f.await(ctx, follows)
 }
 
 // await waits for a view.

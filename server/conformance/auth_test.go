@@ -66,10 +66,11 @@ func plainConn(t *testing.T, r *servertest.Replica) *grpc.ClientConn {
 
 // withTokens adds values of the metadata key jwt.
 func withTokens(ctx context.Context, tokens ...string) context.Context {
+	var pairs []string
 	for _, token := range tokens {
-		ctx = metadata.AppendToOutgoingContext(ctx, "jwt", token)
+		pairs = append(pairs, "jwt", token)
 	}
-	return ctx
+	return metadata.AppendToOutgoingContext(ctx, pairs...)
 }
 
 // callEverything calls each method of each protected service and passes its error on.
@@ -270,6 +271,7 @@ func TestS15_HealthAndReflectionNeedNoToken(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		//nolint:staticcheck // deprecated, and still what many clients ask for
 		if err := alpha.Send(&grpc_reflection_v1alpha.ServerReflectionRequest{MessageRequest: &grpc_reflection_v1alpha.ServerReflectionRequest_ListServices{}}); err != nil {
 			t.Fatal(err)
 		}

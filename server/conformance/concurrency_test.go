@@ -220,31 +220,26 @@ func TestServerVersionsAgree(t *testing.T) {
 			return latest.versions.GetServerVersion(), nil
 		},
 	}
-	stop := make(chan struct{})
-	changes := make(chan int, len(asks)*len(b.Replicas))
-	var group sync.WaitGroup
+	load := inBackground(t)
+	changes := make(chan int, 10000)
 	for name, ask := range asks {
 		for i, r := range b.Replicas {
-			group.Go(func() {
-				seen := make(map[uint64]bool)
-				var current uint64
-				for {
-					version, err := ask(t.Context(), r)
-					if err != nil || version == 0 {
-						t.Errorf("%s on replica %d: server version %d, %v", name, i, version, err)
-						return
-					}
-					if version != current && seen[version] {
-						t.Errorf("%s on replica %d: server version %d came back after %d", name, i, version, current)
-					}
-					seen[version], current = true, version
-					select {
-					case <-stop:
-						changes <- len(seen)
-						return
-					default:
-					}
+			seen := make(map[uint64]bool)
+			var current uint64
+			load.repeat(fmt.Sprintf("%s on replica %d", name, i), func(ctx context.Context, _ int) error {
+				version, err := ask(ctx, r)
+				switch {
+				case err != nil:
+					return err
+				case version == 0:
+					return errors.New("no server version")
+				case version != current && seen[version]:
+					return fmt.Errorf("server version %d came back after %d", version, current)
+				case !seen[version]:
+					changes <- 1
 				}
+				seen[version], current = true, version
+				return nil
 			})
 		}
 	}
@@ -252,12 +247,9 @@ func TestServerVersionsAgree(t *testing.T) {
 	for range clears {
 		clearAll(t, b)
 	}
-	close(stop)
-	group.Wait()
+	load.stop()
 	close(changes)
-	for n := range changes {
-		if n > clears+1 {
-			t.Errorf("%d server versions with %d Clears", n, clears)
-		}
+	if n, most := len(changes), (clears+1)*len(asks)*len(b.Replicas); n > most {
+		t.Errorf("%d changes of the server version were seen, %d at most were made", n, most)
 	}
 }

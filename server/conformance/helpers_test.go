@@ -11,6 +11,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -276,6 +277,41 @@ func wantStatus(t *testing.T, err error, code codes.Code, message string) {
 	if status.Code(err) != code || message != "" && status.Convert(err).Message() != message {
 		t.Errorf("got %v, want %v %q", err, code, message)
 	}
+}
+
+// background does things over and over while a test goes on.
+type background struct {
+	t     *testing.T
+	ctx   context.Context
+	end   context.CancelFunc
+	group sync.WaitGroup
+}
+
+// inBackground returns a background that ends with the test, if not before.
+func inBackground(t *testing.T) *background {
+	t.Helper()
+	ctx, end := context.WithCancel(testContext(t))
+	b := &background{t: t, ctx: ctx, end: end}
+	t.Cleanup(b.stop)
+	return b
+}
+
+// repeat calls f in a goroutine of its own until the end, or until it fails, which fails the test.
+func (b *background) repeat(what string, f func(ctx context.Context, i int) error) {
+	b.group.Go(func() {
+		for i := 0; b.ctx.Err() == nil; i++ {
+			if err := f(b.ctx, i); err != nil && b.ctx.Err() == nil {
+				b.t.Errorf("%s: %v", what, err)
+				return
+			}
+		}
+	})
+}
+
+// stop returns when everything has ended.
+func (b *background) stop() {
+	b.end()
+	b.group.Wait()
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
 package conformance_test
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"sync"
 	"testing"
@@ -99,7 +102,7 @@ func TestS6_SyncWithoutWaiting(t *testing.T) {
 		records = append(records, thing(fmt.Sprintf("%04d", i), ""))
 	}
 	put(t, b, records...)
-	for _, r := range b.Replicas {
+	for _, r := range append(b.Replicas, startMore(t, b)) {
 		if records, _ = syncNow(t, r, from, ""); len(records) != n {
 			t.Errorf("%d changes, want %d", len(records), n)
 		}
@@ -154,6 +157,7 @@ func TestS2_ResumeAtAnyVersion(t *testing.T) {
 	// What a client knows that has followed the stream up to a version.
 	known := map[uint64]map[string]*databroker.Record{start.LatestRecordVersion: {}}
 	state := make(map[string]*databroker.Record)
+	history := make(map[uint64]*databroker.Record)
 	for i := range 40 {
 		id := fmt.Sprint(i % 7)
 		if _, there := state[thingType+"\x00"+id]; there && i%4 == 3 {
@@ -162,22 +166,24 @@ func TestS2_ResumeAtAnyVersion(t *testing.T) {
 			put(t, b, thing(id, fmt.Sprint(i)))
 		}
 		change := live.change()
+		history[change.Version] = change
 		fold(state, change)
-		copied := make(map[string]*databroker.Record)
-		for k, v := range state {
-			copied[k] = v
-		}
-		known[change.Version] = copied
+		known[change.Version] = maps.Clone(state)
 	}
 	want := recordsByKey(syncLatest(t, b, "").records)
 	same(t, "the stream that was always there", state, want)
+	// A replica that has seen nothing of it reads it all from the table.
+	replicas := append(b.Replicas, startMore(t, b))
 	for version, state := range known {
-		for i, r := range b.Replicas {
+		for i, r := range replicas {
 			from := &databroker.Versions{ServerVersion: start.ServerVersion, LatestRecordVersion: version}
 			records, _ := syncNow(t, r, from, "")
 			resumed := make(map[string]*databroker.Record)
 			fold(resumed, valuesOf(state)...)
 			fold(resumed, records...)
+			for _, record := range records {
+				same(t, fmt.Sprintf("change %d of a stream resumed at %d", record.Version, version), record, history[record.Version])
+			}
 			same(t, fmt.Sprintf("resumed at %d on replica %d", version, i), resumed, want)
 		}
 	}
@@ -197,6 +203,7 @@ func TestS3_SyncLatestAndSyncAreTheWholeHistory(t *testing.T) {
 	t.Parallel()
 	b := startReplicas(t, 2)
 	const writers, rounds, joiners = 6, 40, 8
+	ctx := testContext(t)
 	var writing, joining sync.WaitGroup
 	finished := make(chan struct{})
 	for w := range writers {
@@ -225,7 +232,7 @@ func TestS3_SyncLatestAndSyncAreTheWholeHistory(t *testing.T) {
 	for j := range joiners {
 		recordType := []string{"", thingType}[j/2%2]
 		joining.Go(func() {
-			state, err := join(t, b.Replicas[j%2], recordType, "the end")
+			state, err := join(ctx, b.Replicas[j%2], recordType, "the end")
 			if err != nil {
 				t.Errorf("client %d: %v", j, err)
 			}
@@ -250,8 +257,8 @@ func TestS3_SyncLatestAndSyncAreTheWholeHistory(t *testing.T) {
 
 // join follows a broker as a client that starts with nothing, until a record with the given id comes, and
 // returns all that it then knows.
-func join(t *testing.T, c client, recordType, last string) (map[string]*databroker.Record, error) {
-	latest, err := readLatest(t.Context(), c, recordType)
+func join(ctx context.Context, c client, recordType, last string) (map[string]*databroker.Record, error) {
+	latest, err := readLatest(ctx, c, recordType)
 	if err != nil {
 		return nil, err
 	}
@@ -259,13 +266,13 @@ func join(t *testing.T, c client, recordType, last string) (map[string]*databrok
 	if contains(latest.records, func(r *databroker.Record) bool { return r.Id == last }) {
 		return state, nil
 	}
-	stream, err := c.Sync(t.Context(), &databroker.SyncRequest{
+	stream, err := c.Sync(ctx, &databroker.SyncRequest{
 		ServerVersion: latest.versions.ServerVersion, RecordVersion: latest.versions.LatestRecordVersion, Type: recordType,
 	})
 	if err != nil {
 		return nil, err
 	}
-	s := &syncStream{t: t, stream: stream, version: latest.versions.LatestRecordVersion}
+	s := &syncStream{stream: stream, version: latest.versions.LatestRecordVersion}
 	for {
 		response, err := s.recv()
 		if err != nil {
@@ -285,21 +292,11 @@ func join(t *testing.T, c client, recordType, last string) (map[string]*databrok
 func TestD39_SyncLatestClaimsNoMoreThanItHasSent(t *testing.T) {
 	t.Parallel()
 	b := start(t)
-	stop := make(chan struct{})
-	var group sync.WaitGroup
+	load := inBackground(t)
 	for w := range 4 {
-		group.Go(func() {
-			for i := 0; ; i++ {
-				select {
-				case <-stop:
-					return
-				default:
-				}
-				if _, err := b.Put(t.Context(), &databroker.PutRequest{Records: []*databroker.Record{thing(fmt.Sprintf("%d-%d", w, i), "")}}); err != nil {
-					t.Errorf("put: %v", err)
-					return
-				}
-			}
+		load.repeat("put", func(ctx context.Context, i int) error {
+			_, err := b.Put(ctx, &databroker.PutRequest{Records: []*databroker.Record{thing(fmt.Sprintf("%d-%d", w, i), "")}})
+			return err
 		})
 	}
 	for range 15 {
@@ -318,8 +315,6 @@ func TestD39_SyncLatestClaimsNoMoreThanItHasSent(t *testing.T) {
 			}
 		}
 	}
-	close(stop)
-	group.Wait()
 }
 
 // TestD29_SyncLatestIsOneSnapshot: a client that reads slowly gets the records as they were at one moment,
@@ -403,7 +398,7 @@ func TestSyncLatestOfASlowClient(t *testing.T) {
 	for _, stream := range streams {
 		for {
 			response, err := stream.Recv()
-			if err == io.EOF {
+			if errors.Is(err, io.EOF) {
 				t.Error("the end without versions")
 				break
 			}
