@@ -118,7 +118,12 @@ func lockDir(dir string) (*lock, error) {
 	}
 }
 
-func (l *lock) release() { l.file.Close() }
+// release gives the lock up. Closing alone would not: a child that is being forked at the moment holds the
+// same open file until it executes its program.
+func (l *lock) release() {
+	_ = syscall.Flock(int(l.file.Fd()), syscall.LOCK_UN) // closing does it otherwise
+	l.file.Close()
+}
 
 // makeDir creates dir, and what is missing above it, so that the account can
 // enter it.
