@@ -159,8 +159,8 @@ func (s *brokerServer) predicate(ctx context.Context, recordType string, parsed 
 // feed's options may be a moment old; that is safe, because a field that is indexed stays so.
 func (s *brokerServer) indexedField(recordType string, fields []filter.Field) *filter.Field {
 	options := s.feed.Options()
-	if options == nil {
-		return nil
+	if options == nil || recordType == "" {
+		return nil // "" stands for all types here, though there may be one of that name
 	}
 	indexed := options.Types[recordType].IndexedFields
 	for i := range fields {

@@ -22,6 +22,10 @@ const (
 	maxIDBytes   = 2048
 )
 
+// maxRepeats bounds how often one request may write one record: each time is a statement of its own, and
+// all of them one transaction that keeps other writers waiting.
+const maxRepeats = 100
+
 // recordOverhead is room for all of a record that is not payload in the message that delivers it.
 const recordOverhead = 4 << 10
 
@@ -59,6 +63,7 @@ func (s *brokerServer) Get(ctx context.Context, request *databroker.GetRequest) 
 // Put writes or deletes records, all or nothing.
 func (s *brokerServer) Put(ctx context.Context, request *databroker.PutRequest) (*databroker.PutResponse, error) {
 	rows := make([]writeRow, len(request.Records))
+	repeats := make(map[key]int, len(request.Records))
 	for i, record := range request.Records {
 		row := &rows[i]
 		field := fmt.Sprintf("records[%d]", i)
@@ -66,6 +71,9 @@ func (s *brokerServer) Put(ctx context.Context, request *databroker.PutRequest) 
 			return nil, err
 		}
 		row.key = key{record.Type, record.Id}
+		if repeats[row.key]++; repeats[row.key] > maxRepeats {
+			return nil, invalid(field, "a record may be written at most %d times in one request", maxRepeats)
+		}
 		if record.DeletedAt != nil {
 			row.delete = true
 			continue

@@ -281,6 +281,19 @@ func TestS14_TheServerTidiesUpByItself(t *testing.T) {
 	same(t, "records", queryIDs(t, r, thingType, ""), []string{"young"})
 }
 
+// TestS14_TheServerGoesOnTidyingUp: what becomes due while it runs goes well within a minute.
+func TestS14_TheServerGoesOnTidyingUp(t *testing.T) {
+	t.Parallel()
+	b := start(t)
+	stream := followNow(t, b, sessionType)
+	put(t, b, newRecord(sessionType, "s", &session.Session{Id: "s", ExpiresAt: timestamppb.New(time.Now().Add(-time.Second))}))
+	stream.change()
+	if tombstone := stream.change(); tombstone.DeletedAt == nil {
+		t.Errorf("got %v, want a tombstone", tombstone)
+	}
+	wantAbsent(t, b, sessionType, "s")
+}
+
 // TestSessionsEndByThemselves: there need be nobody who deletes a session whose own expiry has passed.
 func TestSessionsEndByThemselves(t *testing.T) {
 	t.Parallel()

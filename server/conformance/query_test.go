@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"strconv"
 	"testing"
 
 	"google.golang.org/grpc/codes"
@@ -341,6 +342,46 @@ func TestD16_FiltersNeedNoIndex(t *testing.T) {
 	same(t, "written since", queryIDs(t, b, recordType, `{"owner": "x"}`), []string{"e"})
 	setOptions(t, b, recordType, nil)
 	same(t, "options removed", queryIDs(t, b, recordType, `{"owner": "x"}`), []string{"e"})
+}
+
+// TestOptionsOfTheEmptyType are about records of that type, and not about queries over all types.
+func TestOptionsOfTheEmptyType(t *testing.T) {
+	t.Parallel()
+	b := start(t)
+	setOptions(t, b, "", &databroker.Options{IndexableFields: []string{"owner"}})
+	put(t, b, object("", "a", map[string]any{"owner": "x"}), object("t", "b", map[string]any{"owner": "x"}), object("t", "c", map[string]any{"owner": "y"}))
+	if _, options := syncNow(t, b, position(t, b), ""); len(options) != 6 { // by now the replica knows of them
+		t.Errorf("options %v", typesOf(options))
+	}
+	same(t, "all types", queryIDs(t, b, "", `{"owner": "x"}`), []string{"a", "b"})
+	same(t, "a type", queryIDs(t, b, "t", `{"owner": "x"}`), []string{"b"})
+}
+
+// TestNumbersInFilters: a number is found by its value, however it was written, with an index and without.
+func TestNumbersInFilters(t *testing.T) {
+	t.Parallel()
+	b := start(t)
+	setOptions(t, b, "indexed", &databroker.Options{IndexableFields: []string{"n"}})
+	numbers := []float64{0, 1, -1, 0.1, 1.5, 7, 1e6, 1e15, 1<<53 + 2, 1e21, 1e-7, -2.5e-10, 123456789.25, math.MaxFloat64, math.SmallestNonzeroFloat64}
+	for _, recordType := range []string{"indexed", "plain"} {
+		var records []*databroker.Record
+		for i, n := range numbers {
+			records = append(records, object(recordType, fmt.Sprintf("%02d", i), map[string]any{"n": n}))
+		}
+		put(t, b, records...)
+		syncNow(t, b, position(t, b), recordType) // by now the replica knows of the index
+		for i, n := range numbers {
+			want := []string{fmt.Sprintf("%02d", i)}
+			for _, value := range []any{n, strconv.FormatFloat(n, 'f', -1, 64)} {
+				response, err := b.Query(testContext(t), &databroker.QueryRequest{Type: recordType, Limit: 100, Filter: newStruct(map[string]any{"n": value})})
+				if err != nil {
+					t.Fatal(err)
+				}
+				same(t, fmt.Sprintf("%s: %v", recordType, value), idsOf(response.Records), want)
+			}
+		}
+		same(t, "minus zero", queryIDs(t, b, recordType, `{"n": -0}`), []string{"00"})
+	}
 }
 
 // TestD31_NoStaleIndexEntries: an indexed field finds a record by its present value only, and never one that

@@ -451,3 +451,21 @@ func TestI14_WhatAStreamDeliversIsVisibleEverywhere(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// TestARecordMayBeWrittenOnlySoOftenInOneRequest: each time is a statement, and other writers wait for all.
+func TestARecordMayBeWrittenOnlySoOftenInOneRequest(t *testing.T) {
+	t.Parallel()
+	b := servertest.New(t, servertest.Options{})
+	request := new(databroker.PutRequest)
+	for range 100 {
+		request.Records = append(request.Records, &databroker.Record{Type: "t", Id: "1"})
+	}
+	if _, err := b.Put(t.Context(), request); err != nil {
+		t.Errorf("100 times: %v", err)
+	}
+	request.Records = append(request.Records, &databroker.Record{Type: "t", Id: "1"})
+	_, err := b.Put(t.Context(), request)
+	if status.Code(err) != codes.InvalidArgument || !strings.Contains(status.Convert(err).Message(), "records[100]") {
+		t.Errorf("101 times: %v, want InvalidArgument that names the record", err)
+	}
+}
