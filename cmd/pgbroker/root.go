@@ -171,7 +171,7 @@ Exit codes:
 	add("server", a.serveCommand(), a.migrateCommand(), a.psqlCommand())
 	add("client", a.recordCommand(), a.typesCommand(), a.optionsCommand(), a.watchCommand(), a.leaseCommand(),
 		a.serviceCommand(), a.checkpointCommand(), a.infoCommand(), a.healthCommand())
-	add("tools", a.configCommand(), a.secretCommand(), a.versionCommand())
+	add("tools", a.benchCommand(), a.configCommand(), a.secretCommand(), a.versionCommand())
 	root.SetHelpCommandGroupID("tools")
 	root.SetCompletionCommandGroupID("tools")
 	root.SetOut(a.stdout) // before the next line, which remembers it
