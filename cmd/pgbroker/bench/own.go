@@ -79,8 +79,7 @@ func startOwn(ctx context.Context, program, dir string) (_ *own, err error) {
 			return nil
 		case <-time.After(2 * patience):
 			_ = cmd.Process.Kill()
-			<-ended // killed, which is no news
-			return errors.New("the server did not stop and was killed")
+			return fmt.Errorf("the server did not stop and was killed: %w\n%s", <-ended, said)
 		}
 	})
 	o.broker = &broker{
