@@ -9,6 +9,25 @@ import (
 	"context"
 )
 
+const epochIsCurrent = `-- name: EpochIsCurrent :one
+SELECT EXISTS (
+  SELECT FROM pgbroker.state s
+  WHERE s.timeline = pgbroker.current_timeline() AND s.system_identifier = pgbroker.current_system_identifier())
+`
+
+// Whether versions go on to be issued by the same server and timeline; OrderLock begins an epoch if not. It takes no
+// lock: who holds the order lock for long must not keep replicas from serving reads.
+//
+//	SELECT EXISTS (
+//	  SELECT FROM pgbroker.state s
+//	  WHERE s.timeline = pgbroker.current_timeline() AND s.system_identifier = pgbroker.current_system_identifier())
+func (q *Queries) EpochIsCurrent(ctx context.Context) (bool, error) {
+	row := q.db.QueryRow(ctx, epochIsCurrent)
+	var exists bool
+	err := row.Scan(&exists)
+	return exists, err
+}
+
 const orderLock = `-- name: OrderLock :exec
 SELECT pgbroker.lock_order()
 `

@@ -24,3 +24,10 @@ SELECT s.server_version, s.options_version,
        EXISTS (SELECT FROM pgbroker.epochs e
                WHERE e.last_version < @version::bigint AND @version::bigint < e.first_version)::boolean AS lost
 FROM pgbroker.state s;
+
+-- name: EpochIsCurrent :one
+-- Whether versions go on to be issued by the same server and timeline; OrderLock begins an epoch if not. It takes no
+-- lock: who holds the order lock for long must not keep replicas from serving reads.
+SELECT EXISTS (
+  SELECT FROM pgbroker.state s
+  WHERE s.timeline = pgbroker.current_timeline() AND s.system_identifier = pgbroker.current_system_identifier());

@@ -58,7 +58,7 @@ func (r readings) Collect(metrics chan<- prometheus.Metric) {
 	}
 }
 
-func newReadings(feed *changefeed.Feed, database *db.DB) readings {
+func newReadings(feed *changefeed.Feed, database *db.DB, waitingWrites func() int) readings {
 	gauge := func(name, help string, read func() float64) reading {
 		return reading{prometheus.NewDesc(name, help, nil, nil), prometheus.GaugeValue, read}
 	}
@@ -82,6 +82,8 @@ func newReadings(feed *changefeed.Feed, database *db.DB) readings {
 			func() float64 { return float64(feed.Stats().TableReads) }),
 		counter("pgbroker_feed_unannounced_total", "Reads that found changes although listening and not notified: lost wake-ups.",
 			func() float64 { return float64(feed.Stats().Unannounced) }),
+		gauge("pgbroker_writes_waiting", "Requests to write that wait for the batch under way to end.",
+			func() float64 { return float64(waitingWrites()) }),
 		gauge("pgbroker_pool_connections", "Open connections to the database, without the listener's.",
 			func() float64 { return float64(database.Pool.Stat().TotalConns()) }),
 		gauge("pgbroker_pool_connections_in_use", "Connections to the database that are in use.",

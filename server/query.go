@@ -70,7 +70,7 @@ func (s *brokerServer) Query(ctx context.Context, request *databroker.QueryReque
 
 // query chooses the query that looks at the fewest records.
 func (s *brokerServer) query(ctx context.Context, request *databroker.QueryRequest, parsed *filter.Filter) ([]queryRow, error) {
-	queries := s.queries
+	queries := s.bounded
 	access := parsed.Access()
 	search := strings.ToLower(request.Query)
 	if strings.ContainsRune(search, projection.Separator) {

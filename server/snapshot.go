@@ -26,17 +26,21 @@ var (
 )
 
 // snapshot is a view of the database in which all reads see the same state, as long as it lasts. It is
-// opened when it is read, and again after close.
+// opened when it is read, and again after close. But for close, it is used by one goroutine.
 type snapshot struct {
 	db    *db.DB
 	slots chan struct{} // bounds the open snapshots, so that other requests find connections
+
+	rows int32 // of the next page
 
 	mu     sync.Mutex // protects what follows; held while reading
 	tx     pgx.Tx     // nil while closed
 	opened time.Time
 }
 
-func (s *Server) newSnapshot() *snapshot { return &snapshot{db: s.db, slots: s.snapshots} }
+func (s *Server) newSnapshot() *snapshot {
+	return &snapshot{db: s.db, slots: s.snapshots, rows: pageRows}
+}
 
 // state returns the versions and the options of all types.
 func (s *snapshot) state(ctx context.Context) (state db.StateGetRow, options []db.OptionsListRow, err error) {
@@ -54,17 +58,26 @@ func (s *snapshot) page(ctx context.Context, recordType string, from key) (page 
 	err = s.read(ctx, func(queries *db.Queries) (err error) {
 		if recordType == "" {
 			page, err = queries.RecordsPage(ctx, db.RecordsPageParams{
-				FromType: from.recordType, FromID: from.id, MaxRows: pageRows, MaxBytes: pageBytes,
+				FromType: from.recordType, FromID: from.id, MaxRows: s.rows, MaxBytes: pageBytes,
 			})
 			return err
 		}
 		rows, err := queries.RecordsPageOfType(ctx, db.RecordsPageOfTypeParams{
-			Type: recordType, FromID: from.id, MaxRows: pageRows, MaxBytes: pageBytes,
+			Type: recordType, FromID: from.id, MaxRows: s.rows, MaxBytes: pageBytes,
 		})
 		page = convertRows(rows, func(r db.RecordsPageOfTypeRow) db.RecordsPageRow { return db.RecordsPageRow(r) })
 		return err
 	})
 	return page, err
+}
+
+// pace sets the size of the next page by what a client has taken of the one before, and whether that was too much for it.
+func (s *snapshot) pace(taken int, tooMuch bool) {
+	if tooMuch {
+		s.rows = int32(max(taken, 1))
+		return
+	}
+	s.rows = min(2*s.rows, pageRows)
 }
 
 func (s *snapshot) read(ctx context.Context, read func(*db.Queries) error) error {

@@ -177,6 +177,7 @@ type Cursor struct {
 	serverVersion int64
 	version       int64 // everything up to here has been delivered, or is of another type
 	options       *Options
+	page          int // most changes to read from the table at once
 }
 
 // Open returns a cursor for the changes of a type, or of all types if it is "", after a version. It fails
@@ -203,7 +204,7 @@ func (f *Feed) Open(ctx context.Context, serverVersion, version int64, recordTyp
 	if err := f.await(ctx, func(v *view) bool { return v.options.version >= check.OptionsVersion }); err != nil {
 		return nil, err
 	}
-	return &Cursor{feed: f, recordType: recordType, serverVersion: serverVersion, version: version}, nil
+	return &Cursor{feed: f, recordType: recordType, serverVersion: serverVersion, version: version, page: maxNextChanges}, nil
 }
 
 // awaitDataSet waits until the feed follows the data set of a server version, and fails with
@@ -315,6 +316,13 @@ func (c *Cursor) Next(ctx context.Context, wait bool) (Event, error) {
 	}
 }
 
+// Rewind takes back what Next has returned beyond a version: Next returns it again. The reader has taken some of the
+// changes, and was too slow for all; as few will be read for it from the table the next time.
+func (c *Cursor) Rewind(version int64, taken int) {
+	c.version = version
+	c.page = max(taken, 1)
+}
+
 // readRing returns the next changes from a view whose ring covers the cursor.
 func (c *Cursor) readRing(v *view) []*Change {
 	i, _ := slices.BinarySearchFunc(v.ring, c.version, func(change *Change, version int64) int {
@@ -349,7 +357,7 @@ func (c *Cursor) readTable(ctx context.Context) (changes []*Change, end bool, er
 		return nil, false, ctx.Err()
 	}
 	rows, err := c.feed.config.Queries.ChangesAfter(ctx, db.ChangesAfterParams{
-		Type: c.recordType, After: c.version, MaxRows: maxNextChanges, MaxBytes: maxNextBytes,
+		Type: c.recordType, After: c.version, MaxRows: int32(c.page), MaxBytes: maxNextBytes,
 	})
 	if err != nil {
 		return nil, false, fmt.Errorf("read changes: %w", err)
@@ -373,6 +381,7 @@ func (c *Cursor) readTable(ctx context.Context) (changes []*Change, end bool, er
 		changes[i] = c.feed.newChange(&rows[i])
 	}
 	c.version = changes[len(changes)-1].Version
+	c.page = min(2*c.page, maxNextChanges)
 	return changes, false, nil
 }
 

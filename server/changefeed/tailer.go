@@ -51,7 +51,7 @@ func (f *Feed) noteRead(ctx context.Context, err error) {
 	case err == nil && before != nil:
 		// The server may be another one than before: begin its epoch now, not at the next write, so that
 		// streams which have seen what it lacks are told.
-		if err = f.config.Queries.OrderLock(ctx); err != nil {
+		if err = f.beginEpoch(ctx); err != nil {
 			f.logger.WarnContext(ctx, "cannot begin the server's epoch", "error", err)
 			return
 		}
@@ -60,6 +60,16 @@ func (f *Feed) noteRead(ctx context.Context, err error) {
 		return
 	}
 	f.publish(func(v *view) { v.err = err })
+}
+
+// beginEpoch begins an epoch if the server is another one than that of the latest write. It waits for the order lock only
+// then, so that whoever holds that for long does not keep a replica from serving reads.
+func (f *Feed) beginEpoch(ctx context.Context) error {
+	current, err := f.config.Queries.EpochIsCurrent(ctx)
+	if err != nil || current {
+		return err
+	}
+	return f.config.Queries.OrderLock(ctx)
 }
 
 // readNew reads what follows the head and publishes it. It returns how many changes that were, and whether
