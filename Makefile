@@ -10,6 +10,7 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null)
 # Passed on: make run ARGS=--ephemeral, make test TESTFLAGS='-run TestPut ./server/...'
 ARGS      ?=
 TESTFLAGS ?= ./...
+FUZZTIME  ?= 10s
 export VULNDB
 
 .DEFAULT_GOAL := help
@@ -33,6 +34,12 @@ test: build ## run every test with the race detector, on a real Postgres that is
 	@.ci/need cc postgres
 	@CGO_ENABLED=0 go build -o bin/withpostgres ./db/dbtest/withpostgres
 	@exec bin/withpostgres -- env CGO_ENABLED=1 go test -race -timeout 14m $(TESTFLAGS)
+
+.PHONY: fuzz
+fuzz: ## run every fuzz target for FUZZTIME=10s; make test runs them on what is in their seed corpora
+	@.ci/need go postgres
+	@CGO_ENABLED=0 go build -o bin/withpostgres ./db/dbtest/withpostgres
+	@.ci/fuzz $(FUZZTIME)
 
 .PHONY: generate
 generate: ## regenerate everything that is generated
