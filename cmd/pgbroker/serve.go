@@ -165,8 +165,8 @@ func newServer(cfg *configuration, database *db.DB, metrics prometheus.Registere
 			Connections: cfg.MaxConnections, Streams: cfg.MaxStreams, StreamsPerConnection: cfg.MaxStreamsPerConnection,
 			Requests: cfg.MaxRequests, RequestBytes: int(cfg.MaxRequestBytes), ResponseSize: int(cfg.MaxResponseSize),
 		},
-		Registerer:           metrics,
-		Logger:               log,
+		Registerer: metrics,
+		Logger:     log,
 	}
 	if tls != nil {
 		config.TLS = tls.TLSConfig()

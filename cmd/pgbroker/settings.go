@@ -301,7 +301,7 @@ var settings = []setting{
 		name: "max_streams", use: useServe,
 		field: func(c *Config) any { return &c.MaxStreams }, def: "20000",
 		check: func(c *Config) error { return checkAtLeast(c.MaxStreams, 1) },
-		help: "Most streams (Sync, SyncLatest, Watch) that are open at the same time. One that is idle takes some 25 kB. Further " +
+		help: "Most streams (Sync, SyncLatest, Watch) that are open at the same time. One that is idle takes some 20 kB. Further " +
 			"ones fail as ResourceExhausted, as does everything that exceeds the limits below.",
 	},
 	{
