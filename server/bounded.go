@@ -17,7 +17,7 @@ type boundedReader struct {
 
 // Query implements db.DBTX.
 func (r boundedReader) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
-	rows, err := r.DB.Query(ctx, sql, args...)
+	rows, err := r.DB.Query(ctx, sql, args...) //nolint:rowserrcheck // whoever reads them checks
 	if err != nil {
 		return rows, err
 	}

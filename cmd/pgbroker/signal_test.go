@@ -68,7 +68,8 @@ func TestASecondSignalStopsAtOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	lines := bufio.NewScanner(stderr)
-	for lines.Scan() && !strings.Contains(lines.Text(), "stopping") {
+	for stopping := false; !stopping && lines.Scan(); {
+		stopping = strings.Contains(lines.Text(), "stopping")
 	}
 	select {
 	case err := <-request:
@@ -78,7 +79,8 @@ func TestASecondSignalStopsAtOnce(t *testing.T) {
 	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
-	for lines.Scan() { // until the process has gone, which is what this is about: it takes no ten minutes
+	for more := true; more; { // until the process has gone, which is what this is about: it takes no ten minutes
+		more = lines.Scan()
 	}
 	var exit *exec.ExitError
 	if err := cmd.Wait(); !errors.As(err, &exit) || exit.ExitCode() != 128+int(syscall.SIGTERM) {

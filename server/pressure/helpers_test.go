@@ -38,7 +38,7 @@ import (
 
 var (
 	streamCount = flag.Int("streams", 1000, "idle streams to open")
-	comeAndGo   = flag.Int("come-and-go", 1000, "streams to open and close")
+	comeAndGo   = flag.Int("come-and-go", 500, "streams to open and close")
 	soakTime    = flag.Duration("soak", 2*time.Second, "how long to soak")
 )
 
@@ -108,7 +108,7 @@ func present(t *testing.T, client databroker.DataBrokerServiceClient) *databroke
 type syncStream = grpc.ServerStreamingClient[databroker.SyncResponse]
 
 // follow opens a stream that ends with the context.
-func follow(t *testing.T, ctx context.Context, conn *grpc.ClientConn, request *databroker.SyncRequest) syncStream {
+func follow(ctx context.Context, t *testing.T, conn *grpc.ClientConn, request *databroker.SyncRequest) syncStream {
 	t.Helper()
 	stream, err := databroker.NewDataBrokerServiceClient(conn).Sync(ctx, request)
 	if err != nil {

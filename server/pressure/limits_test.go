@@ -49,7 +49,7 @@ func TestLimitOfStreams(t *testing.T) {
 	other := servertest.Dial(t, b.Address, servertest.Secret)
 	open := func(conn *grpc.ClientConn) (syncStream, context.CancelFunc) {
 		ctx, cancel := context.WithCancel(testContext(t))
-		return follow(t, ctx, conn, from), cancel
+		return follow(ctx, t, conn, from), cancel
 	}
 	first, end := open(b.Conn)
 	second, _ := open(b.Conn)
@@ -317,18 +317,18 @@ func TestFloodOfBadTokens(t *testing.T) {
 	registry := prometheus.NewRegistry()
 	b := servertest.New(t, servertest.Options{Configure: withMetrics(registry, nil)})
 	put(t, b, thing("a", 0))
-	live := follow(t, testContext(t), b.Conn, present(t, b))
+	live := follow(testContext(t), t, b.Conn, present(t, b))
 	goroutines := runtime.NumGoroutine()
 	before := leastMemory()
 	ctx, cancel := context.WithCancel(metadata.AppendToOutgoingContext(testContext(t), "jwt", "a.b.c"))
 	defer cancel()
 	var flood errgroup.Group
 	var sent atomic.Int64
-	conns := make([]*grpc.ClientConn, 8)
+	conns := make([]*grpc.ClientConn, 4)
 	for i := range conns {
 		conns[i] = servertest.Dial(t, b.Address, "")
 		client := databroker.NewDataBrokerServiceClient(conns[i])
-		request := &databroker.PutRequest{Records: []*databroker.Record{thing("evil", 3<<20)}}
+		request := &databroker.PutRequest{Records: []*databroker.Record{thing("evil", 1<<20)}}
 		flood.Go(func() error {
 			for ctx.Err() == nil {
 				if _, err := client.Put(ctx, request); err == nil {
@@ -339,12 +339,12 @@ func TestFloodOfBadTokens(t *testing.T) {
 			return nil
 		})
 	}
-	for i := range 50 {
+	for i := range 20 {
 		id := fmt.Sprint("good", i)
 		put(t, b, thing(id, 100))
 		wantNext(t, []syncStream{live}, id)
 	}
-	await(t, "a flood", func() bool { return sent.Load() > 200 })
+	await(t, "a flood", func() bool { return sent.Load() >= 50 })
 	cancel()
 	if err := flood.Wait(); err != nil {
 		t.Error(err)
@@ -352,7 +352,7 @@ func TestFloodOfBadTokens(t *testing.T) {
 	for _, conn := range conns {
 		conn.Close()
 	}
-	if rejected, _ := metric(t, registry, "pgbroker_auth_rejected_total", "reason=malformed"); rejected < 200 {
+	if rejected, _ := metric(t, registry, "pgbroker_auth_rejected_total", "reason=malformed"); rejected < 50 {
 		t.Errorf("%v rejections are counted of %d", rejected, sent.Load())
 	}
 	awaitGoroutines(t, goroutines)
@@ -377,12 +377,12 @@ func TestGiantAndTinyRequests(t *testing.T) {
 		t.Fatal(err)
 	}
 	var giants, tiny errgroup.Group
-	for i := range 8 {
+	for i := range 4 {
 		giants.Go(func() error { return giant(i) })
 	}
 	for w := range 8 {
 		tiny.Go(func() error {
-			for i := range 50 {
+			for i := range 20 {
 				record := thing(fmt.Sprint("tiny", w, i), 0)
 				if _, err := b.Put(testContext(t), &databroker.PutRequest{Records: []*databroker.Record{record}}); err != nil {
 					return err
@@ -403,7 +403,7 @@ func TestGiantAndTinyRequests(t *testing.T) {
 			n++
 		}
 	}
-	if !errors.Is(err, io.EOF) || n != 8*50+4 {
+	if !errors.Is(err, io.EOF) || n != 8*20+4 {
 		t.Errorf("%d records, %v", n, err)
 	}
 }
@@ -419,7 +419,7 @@ func TestSlowDatabase(t *testing.T) {
 	release := held(t, b)
 	defer release()
 	var group errgroup.Group
-	for range 50 { // many more than there are connections
+	for range 20 { // many more than there are connections
 		group.Go(func() error {
 			_, err := b.Get(testContext(t), &databroker.GetRequest{Type: "t", Id: "a"})
 			wantStatus(t, err, codes.DeadlineExceeded, "the request took too long")

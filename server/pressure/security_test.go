@@ -132,7 +132,7 @@ func TestAStreamOutlivesItsSecret(t *testing.T) {
 	}
 	write(servertest.Secret)
 	b := servertest.New(t, servertest.Options{Configure: func(c *server.Config) { c.Auth = auth.Config{Files: []string{path}} }})
-	stream := follow(t, testContext(t), b.Conn, present(t, b))
+	stream := follow(testContext(t), t, b.Conn, present(t, b))
 	put(t, b, thing("a", 0))
 	wantNext(t, []syncStream{stream}, "a")
 	write(newer)
@@ -220,7 +220,7 @@ func TestTheServerNeedsNoMoreThanItsGrants(t *testing.T) {
 		c.ConnString = u.String()
 	}})
 	ctx := testContext(t)
-	stream := follow(t, ctx, b.Conn, present(t, b))
+	stream := follow(ctx, t, b.Conn, present(t, b))
 	put(t, b, thing("a", 10))
 	wantNext(t, []syncStream{stream}, "a")
 	get(t, b, "a")
