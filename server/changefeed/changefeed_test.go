@@ -263,6 +263,10 @@ func TestRingIsBounded(t *testing.T) {
 	if f.Stats().TableReads == reads {
 		t.Error("a cursor behind the ring has not read the table")
 	}
+	// From wherever a cursor comes, it gets what follows, no more and no less.
+	for version := v.base - 3; version <= v.head; version++ {
+		f.wantDrained(f.openAt(version, ""), version, "")
+	}
 	// At the very edge: the change right after the base is the first one in the ring.
 	if got, want := len(f.drain(f.openAt(v.base, ""))), held; got != want {
 		t.Errorf("from the base: %d changes, want %d", got, want)
