@@ -154,6 +154,9 @@ func (s *source) setSessionDefaults(cfg *pgx.ConnConfig) {
 	if s.cfg.NoSessionSettings {
 		return
 	}
+	// The statements are the same all day: planning each once is enough, compiling one (JIT) takes longer than any of them.
+	set("jit", "off")
+	set("plan_cache_mode", "force_generic_plan")
 	timeout := func(name string, value, standard time.Duration) {
 		if value == 0 {
 			value = standard
