@@ -33,18 +33,21 @@ LEFT JOIN (
     -- The fence keeps the planner from joining the whole table for a page.
     LEFT JOIN LATERAL (
       SELECT payload FROM pgbroker.records
-      WHERE records.type = l.type AND records.id = l.id AND records.version = l.version OFFSET 0
+      WHERE ($4::boolean OR l.type = ANY ($5::text[]))
+        AND records.type = l.type AND records.id = l.id AND records.version = l.version OFFSET 0
     ) r ON true
   ) p
-) c ON c.bytes_before < $4::bigint
+) c ON c.bytes_before < $6::bigint
 ORDER BY c.version
 `
 
 type ChangesAfterParams struct {
-	After    int64
-	Type     string
-	MaxRows  int32
-	MaxBytes int64
+	After        int64
+	Type         string
+	MaxRows      int32
+	AllPayloads  bool
+	PayloadTypes []string
+	MaxBytes     int64
 }
 
 type ChangesAfterRow struct {
@@ -65,7 +68,7 @@ type ChangesAfterRow struct {
 // the first, up to max_bytes of payload. At least one row, without a change (version 0) if nothing follows.
 // latest_version is the end of the log in the same snapshot; purged_version the highest tombstone that is
 // missing from it: a reader below that may have missed a deletion. lost says that a failover or restore has
-// undone the version read from.
+// undone the version read from. Without all_payloads only changes of payload_types come with theirs.
 //
 //	SELECT v.server_version, v.options_version, v.latest_version::bigint AS latest_version,
 //	       coalesce(g.purged_version, 0)::bigint AS purged_version,
@@ -89,16 +92,19 @@ type ChangesAfterRow struct {
 //	    -- The fence keeps the planner from joining the whole table for a page.
 //	    LEFT JOIN LATERAL (
 //	      SELECT payload FROM pgbroker.records
-//	      WHERE records.type = l.type AND records.id = l.id AND records.version = l.version OFFSET 0
+//	      WHERE ($4::boolean OR l.type = ANY ($5::text[]))
+//	        AND records.type = l.type AND records.id = l.id AND records.version = l.version OFFSET 0
 //	    ) r ON true
 //	  ) p
-//	) c ON c.bytes_before < $4::bigint
+//	) c ON c.bytes_before < $6::bigint
 //	ORDER BY c.version
 func (q *Queries) ChangesAfter(ctx context.Context, arg ChangesAfterParams) ([]ChangesAfterRow, error) {
 	rows, err := q.db.Query(ctx, changesAfter,
 		arg.After,
 		arg.Type,
 		arg.MaxRows,
+		arg.AllPayloads,
+		arg.PayloadTypes,
 		arg.MaxBytes,
 	)
 	if err != nil {

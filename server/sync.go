@@ -38,6 +38,7 @@ func (s *brokerServer) Sync(request *databroker.SyncRequest, stream grpc.ServerS
 	if err != nil {
 		return s.streamError(ctx, err)
 	}
+	defer cursor.Close()
 	s.metrics.streams.Inc()
 	defer s.metrics.streams.Dec()
 	wait := request.Wait == nil || *request.Wait
@@ -83,20 +84,13 @@ func (s *brokerServer) SyncLatest(request *databroker.SyncLatestRequest, stream 
 	if err != nil {
 		return s.streamError(ctx, err)
 	}
-	for from := (key{recordType: request.Type}); ; {
-		page, err := snapshot.page(ctx, request.Type, from)
+	for page, err := range snapshot.pages(ctx, request.Type) {
 		if err != nil {
 			return s.streamError(ctx, err)
-		}
-		if len(page) == 0 {
-			break
 		}
 		if err := s.sendPage(snapshot, page, stream); err != nil {
 			return err
 		}
-		last := &page[len(page)-1]
-		// No text sorts between a text and the same followed by U+0001, the lowest character there is.
-		from = key{last.Type, last.ID + "\x01"}
 	}
 	snapshot.close()
 	options := optionsSender{

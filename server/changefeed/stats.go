@@ -26,7 +26,7 @@ func (f *Feed) Stats() Stats {
 	v := f.view.Load()
 	return Stats{
 		Head:        v.head,
-		RingBytes:   v.ringBytes,
+		RingBytes:   v.bytes,
 		Listening:   f.stats.listening.Load(),
 		Connects:    f.stats.connects.Load(),
 		TailReads:   f.stats.tailReads.Load(),

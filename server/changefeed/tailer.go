@@ -3,6 +3,7 @@ package changefeed
 import (
 	"context"
 	"fmt"
+	"maps"
 	"time"
 
 	"pgbroker/db"
@@ -70,8 +71,9 @@ func (f *Feed) readNew(ctx context.Context) (found int, more bool, err error) {
 	if v.serverVersion == 0 {
 		after = afterAll // the first time only the end is of interest
 	}
+	followed := f.followers.followed()
 	rows, err := f.config.Queries.ChangesAfter(ctx, db.ChangesAfterParams{
-		After: after, MaxRows: tailRows, MaxBytes: tailBytes,
+		After: after, AllPayloads: followed.all, PayloadTypes: followed.types, MaxRows: tailRows, MaxBytes: tailBytes,
 	})
 	if err != nil {
 		return 0, false, err
@@ -96,17 +98,18 @@ func (f *Feed) readNew(ctx context.Context) (found int, more bool, err error) {
 		}
 		return 0, false, nil
 	}
-	f.append(options, rows)
+	f.append(options, rows, followed)
 	return len(rows), rows[len(rows)-1].Version < first.LatestVersion, nil
 }
 
-// restart publishes an empty ring at the end of the log.
+// restart publishes empty rings at the end of the log.
 func (f *Feed) restart(options *Options, at *db.ChangesAfterRow) {
 	f.publish(func(v *view) {
 		v.serverVersion = at.ServerVersion
 		v.options = options
-		v.base, v.head = at.LatestVersion, at.LatestVersion
-		v.ring, v.ringBytes = nil, 0
+		v.start, v.head = at.LatestVersion, at.LatestVersion
+		v.all = &ring{base: at.LatestVersion, grown: make(chan struct{})}
+		v.types, v.bytes = nil, 0
 	})
 }
 
@@ -122,25 +125,50 @@ func (f *Feed) forgetLost(ctx context.Context, v *view, found *db.ChangesAfterRo
 	return nil
 }
 
-// append publishes new changes and lets go of the oldest ones.
-func (f *Feed) append(options *Options, rows []db.ChangesAfterRow) {
-	old := f.view.Load()
-	ring, bytes, base := old.ring, old.ringBytes, old.base
-	for i := range rows {
-		change := f.newChange(&rows[i])
-		ring = append(ring, change)
-		bytes += len(change.Message) + changeOverhead
-	}
-	// Older views share the array and read on undisturbed: appending writes behind their end, and what is
-	// let go at the front is left behind when append next moves to a new array.
-	for len(ring) > 1 && bytes > f.config.RingBytes {
-		bytes -= len(ring[0].Message) + changeOverhead
-		base = ring[0].Version
-		ring = ring[1:]
-	}
+// append publishes new changes, of those types that were followed when they were read, and lets go of the oldest ones.
+func (f *Feed) append(options *Options, rows []db.ChangesAfterRow, followed followed) {
 	f.publish(func(v *view) {
+		// Older views share the arrays and read on undisturbed: appending writes behind their end, and what is let go at
+		// the front is left behind when append next moves to a new array.
+		v.all = &ring{base: v.all.base, changes: v.all.changes, grown: make(chan struct{})}
+		known := v.types
+		v.types = maps.Clone(known)
+		if v.types == nil {
+			v.types = make(map[string]*ring)
+		}
+		// own returns the new view's ring of a type.
+		own := func(recordType string) *ring {
+			r := v.types[recordType]
+			if r == nil || r == known[recordType] {
+				copied := *v.ring(recordType)
+				r = &copied
+				v.types[recordType] = r
+			}
+			return r
+		}
+		for i := range rows {
+			row := &rows[i]
+			r := own(row.Type)
+			if before := known[row.Type]; before == nil && r.grown == nil || before != nil && r.grown == before.grown {
+				r.grown = make(chan struct{})
+			}
+			if !followed.contains(row.Type) {
+				r.base, v.all.base = row.Version, row.Version // whoever follows it since then finds it in the table
+				continue
+			}
+			change := f.newChange(row)
+			r.changes = append(r.changes, change)
+			v.all.changes = append(v.all.changes, change)
+			v.bytes += len(change.Message) + changeOverhead
+		}
+		for len(v.all.changes) > 1 && v.bytes > f.config.RingBytes {
+			oldest := v.all.changes[0]
+			v.bytes -= len(oldest.Message) + changeOverhead
+			v.all.base, v.all.changes = max(v.all.base, oldest.Version), v.all.changes[1:]
+			r := own(oldest.Type)
+			r.base, r.changes = max(r.base, oldest.Version), r.changes[1:]
+		}
 		v.options = options
-		v.ring, v.ringBytes, v.base = ring, bytes, base
 		v.head = rows[len(rows)-1].Version
 	})
 }
