@@ -64,7 +64,7 @@ type Projection struct {
 	Data []byte
 
 	// SearchText is the text that a text query searches: every string in the message in lower case, with U+001F
-	// between any two. The strings themselves are without it, so a query that contains none matches within one string,
+	// between any two; strings that occur in earlier ones may be left out. The strings themselves are without it, so a query that contains none matches within one string,
 	// and a query that contains one should match nothing. Map values are in SearchText and map keys are not; of a
 	// nested Any it has the type URL only. Like Data it is without debug_redact fields and U+0000, and empty if Data
 	// is nil.
