@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"fmt"
+	"iter"
 	"sync"
 	"time"
 
@@ -65,6 +66,44 @@ func (s *snapshot) page(ctx context.Context, recordType string, from key) (page 
 		return err
 	})
 	return page, err
+}
+
+// pages returns the records of a type, or of all types, page by page in the order of their keys. While one page is used the
+// next is read.
+func (s *snapshot) pages(ctx context.Context, recordType string) iter.Seq2[[]db.RecordsPageRow, error] {
+	type result struct {
+		page []db.RecordsPageRow
+		err  error
+	}
+	return func(yield func([]db.RecordsPageRow, error) bool) {
+		ctx, cancel := context.WithCancel(ctx)
+		next := make(chan result, 1)
+		var reading sync.WaitGroup
+		defer reading.Wait() // or it could open the snapshot again that the caller closes
+		defer cancel()
+		read := func(from key) {
+			reading.Go(func() {
+				page, err := s.page(ctx, recordType, from)
+				next <- result{page, err}
+			})
+		}
+		for read(key{recordType: recordType}); ; {
+			r := <-next
+			if r.err != nil {
+				yield(nil, r.err)
+				return
+			}
+			if len(r.page) == 0 {
+				return
+			}
+			last := &r.page[len(r.page)-1]
+			// No text sorts between a text and the same followed by U+0001, the lowest character there is.
+			read(key{last.Type, last.ID + "\x01"})
+			if !yield(r.page, nil) {
+				return
+			}
+		}
+	}
 }
 
 func (s *snapshot) read(ctx context.Context, read func(*db.Queries) error) error {
