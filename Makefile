@@ -34,6 +34,13 @@ test: build ## run every test with the race detector, on a real Postgres that is
 	@CGO_ENABLED=0 go build -o bin/withpostgres ./db/dbtest/withpostgres
 	@exec bin/withpostgres -- env CGO_ENABLED=1 go test -race -timeout 14m $(TESTFLAGS)
 
+# The budget bounds all of it; shorter makes each measurement shorter.
+BENCHFLAGS ?= --budget 15m
+.PHONY: bench
+bench: build ## measure everything on a Postgres of its own, beside what is possible, and write docs/benchmarks.md
+	@.ci/need postgres
+	@bin/pgbroker bench all --report docs/benchmarks.md $(BENCHFLAGS)
+
 .PHONY: generate
 generate: ## regenerate everything that is generated
 	go generate ./...
