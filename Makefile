@@ -34,6 +34,19 @@ test: build ## run every test with the race detector, on a real Postgres that is
 	@CGO_ENABLED=0 go build -o bin/withpostgres ./db/dbtest/withpostgres
 	@exec bin/withpostgres -- env CGO_ENABLED=1 go test -race -timeout 14m $(TESTFLAGS)
 
+# What chaos is told: for how long, drawn from which seed, beside which older version, with which kinds of
+# faults (a regular expression; empty for all).
+DURATION ?= 10m
+SEED     ?= $(shell date +%s)
+PREVIOUS ?= HEAD~1
+FAULTS   ?=
+
+.PHONY: chaos
+chaos: ## inject faults at random and check all histories (DURATION=10m SEED=1 PREVIOUS=HEAD~1 FAULTS=postgres)
+	@.ci/need go postgres
+	@go test -count=1 -timeout 0 -v -run '^TestChaos$$' ./server/chaos -chaos.duration $(DURATION) -chaos.seed $(SEED) \
+		-chaos.previous '$(PREVIOUS)' -chaos.only '$(FAULTS)' -chaos.skew
+
 .PHONY: generate
 generate: ## regenerate everything that is generated
 	go generate ./...

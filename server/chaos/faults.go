@@ -140,11 +140,18 @@ func (in *injector) total() (n int) {
 	return n
 }
 
+// smallDeck is the least number of faults between two times without.
+const smallDeck = 15
+
 func (in *injector) shuffle() {
+	var kinds []*fault
 	for i := range faults {
 		if in.skipped[faults[i].kind] == "" && (in.only == nil || in.only.MatchString(faults[i].kind)) {
-			in.deck = append(in.deck, &faults[i])
+			kinds = append(kinds, &faults[i])
 		}
+	}
+	for len(kinds) > 0 && len(in.deck) < smallDeck {
+		in.deck = append(in.deck, kinds...)
 	}
 	in.random.Shuffle(len(in.deck), func(i, j int) { in.deck[i], in.deck[j] = in.deck[j], in.deck[i] })
 }
