@@ -124,11 +124,11 @@ func (in *injector) run(ctx context.Context, duration time.Duration, calm func()
 		if len(in.active) < atOnce {
 			in.next(end)
 		}
-		step := 400 * time.Millisecond
+		longest := 2 * time.Second
 		if in.hurry {
-			step = 150 * time.Millisecond
+			longest /= 4
 		}
-		pause(ctx, time.Duration(in.random.Int64N(int64(2*step))))
+		pause(ctx, time.Duration(in.random.Int64N(int64(longest))))
 	}
 	in.healDue(true)
 }
@@ -437,15 +437,26 @@ func (in *injector) restartPostgres(*replica) (func() error, error) {
 	return in.awaitPostgres, nil
 }
 
-// fillDisk takes all room from the database. When it needs a new file for its log, it cannot go on at all.
+// fillDisk takes all room from the database: tables cannot grow. Half of the time its log has no file left
+// to go on in either, and the server stops.
 func (in *injector) fillDisk(*replica) (func() error, error) {
 	ballast := filepath.Join(in.cluster.disk, "ballast")
-	return func() error {
+	heal := func() error {
 		if err := os.Remove(ballast); err != nil {
 			return err
 		}
 		return in.awaitPostgres()
-	}, fillDisk(ballast)
+	}
+	if err := fillDisk(ballast); err != nil {
+		return heal, err
+	}
+	if in.random.IntN(2) == 0 {
+		for range 6 { // more than there are files in stock
+			_ = in.cluster.admin(context.Background(), // which fails when it succeeds
+				`SELECT pg_switch_wal()::text FROM pg_logical_emit_message(false, 'chaos', repeat('x', 1000))`)
+		}
+	}
+	return heal, nil
 }
 
 // awaitPostgres returns when the database answers, and starts it if it has ended.
