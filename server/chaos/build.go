@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -52,8 +53,8 @@ func buildRevision(ctx context.Context, root, revision, dir, program string) err
 	}
 	archiveErr := archive.Run()
 	unpackErr := unpack.Wait()
-	if archiveErr != nil || unpackErr != nil {
-		return fmt.Errorf("get revision %s: %v, %v: %s", revision, archiveErr, unpackErr, &sorry)
+	if err := errors.Join(archiveErr, unpackErr); err != nil {
+		return fmt.Errorf("get revision %s: %w: %s", revision, err, &sorry)
 	}
 	return build(ctx, sources, program)
 }

@@ -43,6 +43,7 @@ const diskMegabytes = 320
 // Cluster is a PostgreSQL server and replicas, each a process, with a link before each replica and another
 // behind it.
 type Cluster struct {
+	recorder *recorder
 	postgres *dbtest.Postgres
 	replicas []*replica
 	dir      string // logs
@@ -171,6 +172,7 @@ func (c *Cluster) start(r *replica, program, skew string) error {
 	fmt.Fprintf(r.log, "=== %s %s\n", filepath.Base(program), skew)
 	var err error
 	r.process, err = startProcess(cmd)
+	c.recorder.addProgram(Program{r.number, c.recorder.now(), program == c.previous})
 	return err
 }
 
@@ -200,7 +202,7 @@ func (r *replica) status(ctx context.Context) string {
 }
 
 func (r *replica) awaitServing(ctx context.Context, patience time.Duration) error {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := within(ctx, patience)
 	defer cancel()
 	stream, err := grpc_health_v1.NewHealthClient(r.conn).Watch(ctx, new(grpc_health_v1.HealthCheckRequest), grpc.WaitForReady(true))
 	for err == nil {

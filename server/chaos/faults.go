@@ -173,7 +173,7 @@ func (in *injector) next(end time.Duration) {
 		if in.hurry {
 			longest = min(longest, max(f.least, 1500*time.Millisecond))
 		}
-		lasts := f.least + time.Duration(hold*float64(longest-f.least))
+		lasts := f.least + time.Duration(hold*hold*float64(longest-f.least)) // short ones hit other moments
 		a.since = in.recorder.now()
 		var err error
 		if a.heal, err = f.inject(in, victim); err != nil {

@@ -2,6 +2,7 @@ package chaos
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"os"
 	"path/filepath"
@@ -132,15 +133,27 @@ type Outage struct {
 	Since, Till time.Duration
 }
 
+// Program is what a replica runs from some time on.
+type Program struct {
+	Replica  int
+	At       time.Duration
+	Previous bool // an earlier version, whose faults are known
+}
+
+// Stall is a time during which the machine did not let this process run, and so perhaps no other.
+type Stall struct{ Since, Till time.Duration }
+
 // History is all that is known of a run. The validators need nothing else.
 type History struct {
-	Ops     []Op
-	Streams []*Stream
-	Journal []Change // ascending by version
-	Table   []Row
-	Health  []Health
-	Outages []Outage
-	End     time.Duration
+	Ops      []Op
+	Streams  []*Stream
+	Journal  []Change // ascending by version
+	Table    []Row
+	Health   []Health
+	Outages  []Outage
+	Programs []Program
+	Stalls   []Stall
+	End      time.Duration
 	// ServerVersions are those of the data set at the start and at the end: the same, unless it was replaced.
 	ServerVersions [2]uint64
 	// Books are faults that SQL has found in the database's own accounts.
@@ -153,11 +166,13 @@ type History struct {
 type recorder struct {
 	start time.Time
 
-	mu      sync.Mutex
-	ops     []Op
-	health  []Health
-	outages []Outage
-	late    []string
+	mu       sync.Mutex
+	ops      []Op
+	health   []Health
+	outages  []Outage
+	programs []Program
+	stalls   []Stall
+	late     []string
 }
 
 func (r *recorder) now() time.Duration { return time.Since(r.start) }
@@ -180,6 +195,43 @@ func (r *recorder) addOutage(o Outage) {
 	r.outages = append(r.outages, o)
 }
 
+func (r *recorder) addProgram(p Program) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.programs = append(r.programs, p)
+}
+
+// watch notes when this process is not let run, until ctx ends.
+func (r *recorder) watch(ctx context.Context) {
+	for last := r.now(); ctx.Err() == nil; last = r.now() {
+		pause(ctx, tick)
+		if now := r.now(); now-last > stalled {
+			r.mu.Lock()
+			r.stalls = append(r.stalls, Stall{last, now})
+			r.mu.Unlock()
+		}
+	}
+}
+
+// A pause of a tick that takes longer than stalled is a stall.
+const (
+	tick    = 50 * time.Millisecond
+	stalled = time.Second
+)
+
+// within returns a context that ends after a time during which this process could run: a machine that
+// stands still is no reason to call anything late.
+func within(ctx context.Context, patience time.Duration) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(ctx)
+	go func() {
+		defer cancel()
+		for left := patience; left > 0 && ctx.Err() == nil; left -= tick {
+			pause(ctx, tick)
+		}
+	}()
+	return ctx, cancel
+}
+
 func (r *recorder) addLate(what string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -197,7 +249,7 @@ func (r *recorder) count() int {
 func (h *History) Save(dir string) error {
 	files := map[string][]any{
 		"operations": anys(h.Ops), "journal": anys(h.Journal), "table": anys(h.Table),
-		"health": anys(h.Health), "outages": anys(h.Outages),
+		"health": anys(h.Health), "outages": anys(h.Outages), "programs": anys(h.Programs), "stalls": anys(h.Stalls),
 	}
 	for _, stream := range h.Streams {
 		files["streams"] = append(files["streams"], stream)

@@ -11,10 +11,13 @@ import (
 	"io"
 	"maps"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -48,11 +51,18 @@ const replicas = 3
 // Run does a run and fails the test if a validator objects.
 func Run(t testing.TB, config Config) {
 	t.Helper()
+	if runtime.GOOS != "linux" {
+		t.Skip("chaos: processes are frozen and looked up in the ways of Linux")
+	}
+	interrupted, stop := signal.NotifyContext(t.Context(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
 	dir, err := os.MkdirTemp("", "pgbroker-chaos-")
 	if err != nil {
 		t.Fatal(err)
 	}
 	cluster := buildPrograms(t, config, dir)
+	recorder := &recorder{start: time.Now()}
+	cluster.recorder = recorder
 	newCluster(t, dir, replicas, cluster)
 	admin := cluster.replicas[0].broker(t)
 	_, err = admin.SetOptions(t.Context(), &databroker.SetOptionsRequest{
@@ -73,7 +83,9 @@ func Run(t testing.TB, config Config) {
 	defer events.Close()
 	note := func(format string, args ...any) { fmt.Fprintf(events, format+"\n", args...) }
 
-	recorder := &recorder{start: time.Now()}
+	watching, stopWatch := context.WithCancel(context.Background())
+	defer stopWatch()
+	go recorder.watch(watching)
 	work := &workload{
 		recorder: recorder, cluster: cluster, seed: config.Seed, timeout: 4 * time.Second,
 		most: int(config.Duration.Seconds() * opsPerSecond),
@@ -87,8 +99,13 @@ func Run(t testing.TB, config Config) {
 		note("%v: calm", recorder.now().Round(time.Millisecond))
 		cluster.settle(t, recorder, followers)
 	}
-	injector.run(t.Context(), config.Duration, settle)
+	injector.run(interrupted, config.Duration, settle)
 	work.end()
+	if interrupted.Err() != nil {
+		followers.end()
+		stopWatching()
+		t.Fatal("interrupted")
+	}
 	settle()
 	followers.end()
 	stopWatching()
@@ -174,7 +191,7 @@ const recovery = 30 * time.Second
 // hear of them.
 func (c *Cluster) settle(t testing.TB, r *recorder, followers *followers) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), recovery)
+	ctx, cancel := within(context.Background(), recovery)
 	defer cancel()
 	begun := r.now()
 	late := func(format string, args ...any) {
@@ -251,7 +268,11 @@ func (c *Cluster) history(t testing.TB, r *recorder, followers *followers) *Hist
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
-	h := &History{Ops: r.ops, Health: r.health, Outages: r.outages, Late: r.late, End: r.now()}
+	r.mu.Lock()
+	h := &History{
+		Ops: r.ops, Health: r.health, Outages: r.outages, Programs: r.programs, Stalls: r.stalls, Late: r.late, End: r.now(),
+	}
+	r.mu.Unlock()
 	for _, f := range followers.all {
 		h.Streams = append(h.Streams, f.stream)
 	}
@@ -341,6 +362,13 @@ func newReport(config Config, recorder *recorder, in *injector, followers *follo
 			outcomes = append(outcomes, fmt.Sprintf("%s %d", outcome, byKind[kind][outcome]))
 		}
 		print("  %-10s  %s", kind, strings.Join(outcomes, ", "))
+	}
+	var still time.Duration
+	for _, stall := range h.Stalls {
+		still += stall.Till - stall.Since
+	}
+	if still > 0 {
+		print("\nthe machine did not let the run go on %d times, for %v in all", len(h.Stalls), still.Round(time.Second))
 	}
 	deliveries, resumes := 0, 0
 	for _, f := range followers.all {

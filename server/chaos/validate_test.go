@@ -88,6 +88,7 @@ func sound() *History {
 			{At: 0, Status: "SERVING"}, {At: 15 * time.Second, Status: "NOT_SERVING"}, {At: 41 * time.Second, Status: "SERVING"},
 		},
 		Outages:        []Outage{{Kind: "back half open", Since: 5 * time.Second, Till: 40 * time.Second}},
+		Programs:       []Program{{Replica: 0}, {Replica: 1, Previous: true}},
 		ServerVersions: [2]uint64{7, 7},
 		End:            time.Minute,
 	}
@@ -184,6 +185,12 @@ func TestValidators(t *testing.T) {
 			h.Table = h.Table[:2]
 			drop(h, 0, evChange, 3)
 		}, []string{"whole"}},
+
+		{"a write that was repeated", func(h *History) {
+			h.Journal = append(h.Journal, Change{Version: 7, Key: b1, Content: is("w2"), At: 5700 * ms})
+			h.Table[2].Version = 7
+			insert(h, 0, 11, Event{Kind: evChange, At: 5800 * ms, Version: 7, Key: b1, Content: is("w2")})
+		}, []string{"once"}},
 
 		{"a lost change", func(h *History) { drop(h, 0, evChange, 3) }, []string{"streams"}},
 		{"a lost tombstone", func(h *History) {
@@ -288,6 +295,9 @@ func TestUnknown(t *testing.T) {
 		{"a lease that may have been taken", []Op{
 			{Kind: opAcquire, Key: Key{ID: "m"}, TTL: time.Second, Call: 0, Return: 100 * ms, Outcome: unknown},
 			{Kind: opAcquire, Key: Key{ID: "m"}, Call: 200 * ms, Return: 300 * ms, Outcome: taken},
+		}},
+		{"what an earlier version does not do well", []Op{
+			{Kind: opGet, Key: a1, Replica: 1, Call: 4000 * ms, Return: 4100 * ms, Outcome: unknown, Code: "Internal"},
 		}},
 		{"a lease that may not have been taken", []Op{
 			{Kind: opAcquire, Key: Key{ID: "m"}, TTL: time.Second, Call: 0, Return: 100 * ms, Outcome: unknown},
