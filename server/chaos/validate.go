@@ -175,9 +175,13 @@ func checkCodes(h *History) (violations []string) {
 		}
 	}
 	for i, stream := range h.Streams {
+		var opened time.Duration
 		for k := range stream.Events {
-			if event := &stream.Events[k]; event.Kind == evEnd && !slices.Contains(goodStreamCodes, event.Code) &&
-				!h.previous(event.Replica, 0, event.At) {
+			event := &stream.Events[k]
+			if event.Kind == evSync || event.Kind == evLatest {
+				opened = event.At
+			}
+			if event.Kind == evEnd && !slices.Contains(goodStreamCodes, event.Code) && !h.previous(event.Replica, opened, event.At) {
 				violations = append(violations, fmt.Sprintf("stream %d on replica %d ended as %s at %v", i, event.Replica, event.Code, event.At))
 			}
 		}
