@@ -468,7 +468,14 @@ func TestNoAnswer(t *testing.T) {
 	t.Parallel()
 	p := dbtest.Server(t, nil)
 	d, log := open(t, db.Config{ConnString: p.ConnString(), StatementTimeout: 200 * time.Millisecond})
-	frozen := get[int](t, d, "SELECT pg_backend_pid()")
+	held, err := d.Acquire(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var frozen int
+	if err := held.QueryRow(t.Context(), "SELECT pg_backend_pid()").Scan(&frozen); err != nil {
+		t.Fatal(err)
+	}
 	if err := syscall.Kill(frozen, syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
@@ -477,10 +484,6 @@ func TestNoAnswer(t *testing.T) {
 			t.Error(err)
 		}
 	}()
-	held, err := d.Acquire(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
 	ctx, cancel := context.WithCancel(t.Context()) // no deadline, which would be heeded
 	defer time.AfterFunc(patience, cancel).Stop()
 	_, err = held.Exec(ctx, "SELECT 1")
