@@ -24,7 +24,7 @@ func TestChaos(t *testing.T) {
 		config.Only = regexp.MustCompile(*only)
 	}
 	if config.Duration == 0 {
-		config.Duration, config.Hurry = 15*time.Second, true
+		config.Duration, config.Hurry = 12*time.Second, true
 	}
 	Run(t, config)
 }
