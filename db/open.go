@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -47,7 +48,9 @@ type Config struct {
 
 	// StatementTimeout ends statements that take longer. Zero: 8 s, which is
 	// less than clients wait, so that they learn what is wrong. Negative: what
-	// the server has set.
+	// the server has set. A server that has not even said that by half as much
+	// again is out of reach: then a statement without a deadline of its own
+	// fails, and the pool is given up.
 	StatementTimeout time.Duration
 
 	// LockTimeout ends statements that wait for a lock longer. Zero: 5 s.
@@ -158,7 +161,7 @@ func (d *DB) beforeConnect(ctx context.Context, cfg *pgx.ConnConfig) error {
 		return err
 	}
 	*cfg = *d.main.current()
-	cfg.Tracer = &connTracer{db: d, generation: d.generation.Load()}
+	cfg.Tracer = &connTracer{db: d, generation: d.generation.Load(), answerTime: answerTime(cfg)}
 	return nil
 }
 
@@ -210,6 +213,7 @@ func (d *DB) stale(generation int64, reason error) {
 type connTracer struct {
 	db         *DB
 	generation int64
+	answerTime time.Duration
 }
 
 var (
@@ -218,6 +222,44 @@ var (
 	_ pgx.CopyFromTracer = (*connTracer)(nil)
 	_ pgx.ConnectTracer  = (*connTracer)(nil)
 )
+
+// errNoAnswer is why a statement without a deadline of its own is given up.
+var errNoAnswer = errors.New("the server does not answer")
+
+// answerTime returns how long a statement may go without an answer, which a
+// server that can be reached gives within the statement timeout; 0 is for ever.
+func answerTime(cfg *pgx.ConnConfig) time.Duration {
+	milliseconds, err := strconv.Atoi(cfg.RuntimeParams["statement_timeout"])
+	if err != nil {
+		return 0 // none, or one in another notation, from the connection string
+	}
+	return time.Duration(milliseconds) * time.Millisecond * 3 / 2
+}
+
+// boundKey is where a context has the function that releases its timer.
+type boundKey struct{}
+
+// bound gives a statement a deadline if it has none. Without one it would wait
+// for as long as TCP does for a server that has gone without a word.
+func (t *connTracer) bound(ctx context.Context) context.Context {
+	if _, bounded := ctx.Deadline(); bounded || t.answerTime == 0 {
+		return ctx
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, t.answerTime, errNoAnswer)
+	return context.WithValue(ctx, boundKey{}, cancel)
+}
+
+// release ends what bound began.
+func (t *connTracer) release(ctx context.Context, err error) {
+	cancel, bounded := ctx.Value(boundKey{}).(context.CancelFunc)
+	if !bounded {
+		return
+	}
+	if err != nil && errors.Is(context.Cause(ctx), errNoAnswer) {
+		t.db.stale(t.generation, errNoAnswer)
+	}
+	cancel()
+}
 
 func (t *connTracer) see(ctx context.Context, err error) {
 	// A context that ends breaks its connection, and what uses the connection
@@ -232,12 +274,13 @@ func (t *connTracer) see(ctx context.Context, err error) {
 
 // TraceQueryStart implements pgx.QueryTracer.
 func (t *connTracer) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQueryStartData) context.Context {
-	return ctx
+	return t.bound(ctx)
 }
 
 // TraceQueryEnd implements pgx.QueryTracer.
 func (t *connTracer) TraceQueryEnd(ctx context.Context, _ *pgx.Conn, data pgx.TraceQueryEndData) {
 	t.see(ctx, data.Err)
+	t.release(ctx, data.Err)
 }
 
 // TraceBatchStart implements pgx.BatchTracer.

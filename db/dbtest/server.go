@@ -37,7 +37,14 @@ type Postgres struct {
 // The test is skipped, or failed if CI=true, when there are no server binaries.
 func Server(t testing.TB, settings map[string]string) *Postgres {
 	t.Helper()
-	return start(t, embedded.Config{Settings: settings})
+	return ServerIn(t, "", settings)
+}
+
+// ServerIn is Server with its files below a directory that others can enter;
+// "" is the usual one.
+func ServerIn(t testing.TB, dir string, settings map[string]string) *Postgres {
+	t.Helper()
+	return start(t, embedded.Config{Dir: dir, Settings: settings})
 }
 
 // Standby starts a streaming standby of the server.
@@ -96,6 +103,12 @@ func (p *Postgres) SocketConnString() string { return p.server.ConnString() }
 // Dir returns the directory of the server's files, which belongs to the user
 // that it runs as.
 func (p *Postgres) Dir() string { return filepath.Join(p.server.Dir(), "postgres") }
+
+// PID returns the process of the postmaster, the parent of all others.
+func (p *Postgres) PID() int { return p.server.PID() }
+
+// Done is closed when the postmaster has ended, until Restart.
+func (p *Postgres) Done() <-chan struct{} { return p.server.Done() }
 
 // ConnString returns a connection string that names several addresses, of
 // servers that Server has started or of nobody, in the given order.
