@@ -2,6 +2,7 @@ package db
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -42,9 +43,9 @@ func (e *PastError) Error() string {
 // with that, before anything else happens on it. What is open to another server when a newer one is found
 // is closed.
 //
-// A server may be newer than all that is known in two ways: as a timeline of its system that was not seen
-// before (a promotion, a restore to a point in time), or as a system that was not seen before (a dump
-// restored elsewhere, an upgrade). All others must know the newest epoch.
+// A server may be newer than all that is known in two ways: as a later timeline of the system in use (a
+// promotion, a restore to a point in time), or as a system that was not seen before (a dump restored
+// elsewhere, an upgrade). All others must know the newest epoch.
 type fence struct {
 	log      *slog.Logger
 	left     func()       // called when a newer server was found; must not wait for connections to close
@@ -56,6 +57,7 @@ type fence struct {
 	timelines map[int64]int64 // the newest by system; a hidden one is 0
 	epoch     epoch           // the newest
 	current   place           // the server in use
+	hidden    bool            // it was said that the timeline is
 	open      map[*fencedConn]place
 	warned    map[string]time.Time // when a refusal was last logged, by its text
 }
@@ -100,6 +102,7 @@ func (f *fence) guard(cfg *pgx.ConnConfig) {
 // begins its epoch, so that from then on everybody can tell it from its predecessor. It does not wait for
 // that: if somebody else holds the order lock, they have begun it.
 func (f *fence) check(ctx context.Context, conn *pgconn.PgConn) error {
+	network := fencedConnOf(conn)
 	settling := false
 	for {
 		known := f.known()
@@ -107,12 +110,12 @@ func (f *fence) check(ctx context.Context, conn *pgconn.PgConn) error {
 			Epoch: known.firstVersion, EpochSystem: known.system, EpochTimeline: known.timeline,
 		})
 		if isUndefined(err) {
-			return f.admitStranger(conn)
+			return f.admitStranger(network)
 		}
 		if err != nil {
 			return fmt.Errorf("ask the server for its epoch: %w", err)
 		}
-		admitted, err := f.admit(conn, known, server)
+		admitted, err := f.admit(network, known, server)
 		switch {
 		case err != nil:
 			return err
@@ -136,7 +139,7 @@ func (f *fence) known() epoch {
 
 // admit compares a server with what is known. It reports false if that is not any more what the server was
 // asked about.
-func (f *fence) admit(conn *pgconn.PgConn, asked epoch, server LineageGetRow) (admitted bool, err error) {
+func (f *fence) admit(conn *fencedConn, asked epoch, server LineageGetRow) (admitted bool, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if asked != f.epoch {
@@ -144,23 +147,25 @@ func (f *fence) admit(conn *pgconn.PgConn, asked epoch, server LineageGetRow) (a
 	}
 	at := place{server.SystemIdentifier, server.Timeline}
 	seen, known := f.timelines[at.system]
+	newer := !known || at.system == f.current.system && at.timeline > seen
 	switch {
 	case known && at.timeline != 0 && at.timeline < seen:
 		return false, f.refuse(conn, fmt.Sprintf("it is on timeline %d of system %s, and timeline %d has been seen",
 			at.timeline, systemName(at.system), seen))
-	case !server.KnowsEpoch && known && at.timeline <= seen:
+	case !server.KnowsEpoch && !newer:
 		return false, f.refuse(conn, fmt.Sprintf("it does not know the epoch from version %d on, of system %s, timeline %d",
 			f.epoch.firstVersion, systemName(f.epoch.system), f.epoch.timeline))
 	}
-	if len(f.timelines) == 0 && at.timeline == 0 && !server.ReadOnly {
+	if at.timeline == 0 && !server.ReadOnly && !f.hidden {
+		f.hidden = true
 		f.log.Warn("the server hides its timeline: a failover is noticed only by changes that are missing, " +
 			"and an old primary that comes back only by epochs; see docs/recovery.md")
 	}
 	f.learn(server)
-	if c := fencedConnOf(conn); c != nil && !c.closed {
-		f.open[c] = at
+	if !conn.closed {
+		f.open[conn] = at
 	}
-	if at.timeline == 0 { // a standby, or hidden: it does not say enough to give up others
+	if server.ReadOnly { // a standby: others may be in use beside it
 		return true, nil
 	}
 	before := f.current
@@ -170,7 +175,7 @@ func (f *fence) admit(conn *pgconn.PgConn, asked epoch, server LineageGetRow) (a
 		f.log.Warn("postgres is another server now", "system", systemName(at.system), "timeline", at.timeline,
 			"system_before", systemName(before.system), "timeline_before", before.timeline)
 		for c, where := range f.open {
-			if where != at && where.timeline != 0 {
+			if where != at && where.timeline != 0 { // standbys and hidden ones may be the same server
 				_ = c.Conn.Close() // nobody reads or writes on it again, which is all that is wanted
 				delete(f.open, c)
 			}
@@ -187,19 +192,19 @@ func (f *fence) learn(server LineageGetRow) {
 }
 
 // admitStranger decides about a server without the schema, or with one from before epochs could be compared.
-// At first nothing is known, and it may be about to be migrated; later it cannot be what was left.
-func (f *fence) admitStranger(conn *pgconn.PgConn) error {
+// At first nothing is known, and it may be about to be migrated; later it is being restored, or is the wrong one.
+func (f *fence) admitStranger(conn *fencedConn) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.epoch == (epoch{}) {
+	if len(f.timelines) == 0 {
 		return nil
 	}
 	return f.refuse(conn, "its schema pgbroker is missing or too old to know epochs")
 }
 
 // refuse counts and logs a refusal. f.mu is held.
-func (f *fence) refuse(conn *pgconn.PgConn, reason string) error {
-	err := &PastError{Address: conn.Conn().RemoteAddr().String(), reason: reason}
+func (f *fence) refuse(conn *fencedConn, reason string) error {
+	err := &PastError{Address: conn.RemoteAddr().String(), reason: reason}
 	f.refused.Add(1)
 	if text := err.Error(); time.Since(f.warned[text]) >= refusalInterval {
 		f.warned[text] = time.Now()
@@ -289,18 +294,13 @@ func (c *fencedConn) Close() error {
 	return c.Conn.Close()
 }
 
-// fencedConnOf returns the network connection under a connection, through TLS.
+// fencedConnOf returns the network connection under a guarded connection.
 func fencedConnOf(conn *pgconn.PgConn) *fencedConn {
-	for c := conn.Conn(); ; {
-		switch layer := c.(type) {
-		case *fencedConn:
-			return layer
-		case interface{ NetConn() net.Conn }:
-			c = layer.NetConn()
-		default:
-			return nil
-		}
+	c := conn.Conn()
+	if secured, ok := c.(*tls.Conn); ok {
+		c = secured.NetConn()
 	}
+	return c.(*fencedConn)
 }
 
 // systemName writes a system identifier as Postgres does, without a sign; a hidden one is "?".

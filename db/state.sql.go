@@ -25,7 +25,7 @@ const lineageGet = `-- name: LineageGet :one
 SELECT coalesce(pgbroker.server_system_identifier(), 0)::bigint AS system_identifier,
        coalesce(pgbroker.server_timeline(), 0)::bigint AS timeline,
        (pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean)::boolean AS read_only,
-       (s.system_identifier = pgbroker.current_system_identifier() AND s.timeline = pgbroker.current_timeline())::boolean AS settled,
+       coalesce(s.system_identifier = pgbroker.current_system_identifier() AND s.timeline = pgbroker.current_timeline(), false)::boolean AS settled,
        coalesce((SELECT max(e.first_version) FROM pgbroker.epochs e), 0)::bigint AS epoch,
        ($1::bigint = 0 OR EXISTS (SELECT FROM pgbroker.epochs e WHERE e.first_version = $1::bigint
           AND e.system_identifier = $2::bigint AND e.timeline = $3::bigint))::boolean AS knows_epoch,
@@ -58,7 +58,7 @@ type LineageGetRow struct {
 //	SELECT coalesce(pgbroker.server_system_identifier(), 0)::bigint AS system_identifier,
 //	       coalesce(pgbroker.server_timeline(), 0)::bigint AS timeline,
 //	       (pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean)::boolean AS read_only,
-//	       (s.system_identifier = pgbroker.current_system_identifier() AND s.timeline = pgbroker.current_timeline())::boolean AS settled,
+//	       coalesce(s.system_identifier = pgbroker.current_system_identifier() AND s.timeline = pgbroker.current_timeline(), false)::boolean AS settled,
 //	       coalesce((SELECT max(e.first_version) FROM pgbroker.epochs e), 0)::bigint AS epoch,
 //	       ($1::bigint = 0 OR EXISTS (SELECT FROM pgbroker.epochs e WHERE e.first_version = $1::bigint
 //	          AND e.system_identifier = $2::bigint AND e.timeline = $3::bigint))::boolean AS knows_epoch,

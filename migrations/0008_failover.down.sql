@@ -37,5 +37,6 @@ CREATE OR REPLACE FUNCTION pgbroker.current_timeline() RETURNS bigint
 COMMENT ON FUNCTION pgbroker.current_timeline() IS
   'Timeline that this server writes now; a promotion raises it. Fails on a standby.';
 
+ALTER TABLE pgbroker.state DROP COLUMN server_started;
 DROP FUNCTION pgbroker.server_system_identifier();
 DROP FUNCTION pgbroker.server_timeline();

@@ -28,20 +28,25 @@ $$;
 COMMENT ON FUNCTION pgbroker.server_system_identifier() IS
   'Identity of this database cluster; NULL where a managed service hides it.';
 
+ALTER TABLE pgbroker.state ADD COLUMN server_started timestamptz NOT NULL DEFAULT pg_postmaster_start_time();
+COMMENT ON COLUMN pgbroker.state.server_started IS
+  'When the server of the latest epoch was started: where the timeline is hidden, another time means another server.';
+
 CREATE OR REPLACE FUNCTION pgbroker.current_timeline() RETURNS bigint
   LANGUAGE plpgsql VOLATILE AS $$
 DECLARE
   visible bigint := pgbroker.server_timeline();
 BEGIN
-  IF visible IS NULL THEN
-    -- What is hidden has not changed, as far as this role can tell: others may see more.
-    RETURN (SELECT s.timeline FROM pgbroker.state s);
+  IF visible IS NULL AND NOT pg_is_in_recovery() THEN
+    -- It may have changed with every start. An epoch too many does no harm.
+    RETURN (SELECT CASE WHEN s.server_started = pg_postmaster_start_time() THEN s.timeline ELSE 0 END FROM pgbroker.state s);
   END IF;
   RETURN visible;
 END
 $$;
 COMMENT ON FUNCTION pgbroker.current_timeline() IS
-  'Timeline of this server, or where it is not visible the one in pgbroker.state.';
+  'Timeline of this server. Where that is hidden, the one in pgbroker.state, or 0 if the server has been started since. '
+  'NULL on a standby.';
 
 CREATE OR REPLACE FUNCTION pgbroker.current_system_identifier() RETURNS bigint
   LANGUAGE plpgsql VOLATILE AS $$
@@ -72,10 +77,12 @@ BEGIN
     first := ((issued >> 32) + 1) << 32;
   END IF;
   PERFORM setval('pgbroker.record_version', first, false);
-  INSERT INTO pgbroker.epochs (first_version, last_version, system_identifier, timeline)
-    VALUES (first, survived, pgbroker.current_system_identifier(), pgbroker.current_timeline());
   UPDATE pgbroker.state
-    SET system_identifier = pgbroker.current_system_identifier(), timeline = pgbroker.current_timeline();
+    SET system_identifier = pgbroker.current_system_identifier(),
+        timeline = coalesce(pgbroker.server_timeline(), timeline),
+        server_started = pg_postmaster_start_time();
+  INSERT INTO pgbroker.epochs (first_version, last_version, system_identifier, timeline)
+    SELECT first, survived, s.system_identifier, s.timeline FROM pgbroker.state s;
   IF current_setting('synchronous_commit') = 'off' THEN
     -- Replicas refuse servers that do not know an epoch they have seen: it must survive a crash.
     PERFORM set_config('synchronous_commit', 'local', true);

@@ -36,7 +36,7 @@ FROM pgbroker.state s;
 SELECT coalesce(pgbroker.server_system_identifier(), 0)::bigint AS system_identifier,
        coalesce(pgbroker.server_timeline(), 0)::bigint AS timeline,
        (pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean)::boolean AS read_only,
-       (s.system_identifier = pgbroker.current_system_identifier() AND s.timeline = pgbroker.current_timeline())::boolean AS settled,
+       coalesce(s.system_identifier = pgbroker.current_system_identifier() AND s.timeline = pgbroker.current_timeline(), false)::boolean AS settled,
        coalesce((SELECT max(e.first_version) FROM pgbroker.epochs e), 0)::bigint AS epoch,
        (@epoch::bigint = 0 OR EXISTS (SELECT FROM pgbroker.epochs e WHERE e.first_version = @epoch::bigint
           AND e.system_identifier = @epoch_system::bigint AND e.timeline = @epoch_timeline::bigint))::boolean AS knows_epoch,

@@ -64,5 +64,12 @@ func (w *syncWriter) Write(p []byte) (int, error) {
 	return w.buffer.Write(p)
 }
 
+// String returns what was written so far.
+func (w *syncWriter) String() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.buffer.String()
+}
+
 // yield lets others run.
 func yield() { runtime.Gosched() }
