@@ -60,7 +60,10 @@ func start(t testing.TB, cfg embedded.Config) *Postgres {
 		t.Skipf("dbtest: %v", err)
 	}
 	cfg.Ephemeral, cfg.TCP = true, true
-	settings := map[string]string{"synchronous_commit": "on", "max_locks_per_transaction": "256"}
+	settings := map[string]string{
+		"synchronous_commit": "on", "max_locks_per_transaction": "256",
+		"max_standby_streaming_delay": "-1", // queries here are short: replay waits for them
+	}
 	maps.Copy(settings, cfg.Settings)
 	cfg.Settings = settings
 	server, err := embedded.Start(ctx, cfg)

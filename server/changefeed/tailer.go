@@ -14,6 +14,9 @@ const (
 	tailBytes = 4 << 20
 )
 
+// unreadTime is how long after a failed read the tailer tries again: streams and health wait for that.
+const unreadTime = 250 * time.Millisecond
+
 // tail publishes what is new at each wake-up and on a slow tick, until ctx ends.
 func (f *Feed) tail(ctx context.Context) {
 	tick := time.NewTicker(f.config.PollInterval)
@@ -31,10 +34,16 @@ func (f *Feed) tail(ctx context.Context) {
 		if more {
 			continue
 		}
+		var retry <-chan time.Time
+		if err != nil {
+			retry = time.After(unreadTime)
+		}
 		select {
 		case <-f.wake:
 			asked = true
 		case <-tick.C:
+			asked = false
+		case <-retry:
 			asked = false
 		case <-ctx.Done():
 			return

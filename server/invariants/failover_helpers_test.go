@@ -33,7 +33,7 @@ import (
 
 // world is a load on replicas whose database changes under them, and what everybody was told meanwhile.
 type world struct {
-	t        *testing.T
+	t        testing.TB
 	replicas []*servertest.Replica
 	log      *syncWriter
 
@@ -55,29 +55,41 @@ type world struct {
 const worldType = "t"
 
 // newWorld starts replicas on a connection string, with followers and writers on each.
-func newWorld(t *testing.T, replicas int, connString string) *world {
+func newWorld(t testing.TB, replicas int, connString string) *world {
+	t.Helper()
+	w := newQuietWorld(t, replicas, connString)
+	for i := range 2 * replicas {
+		w.addFollower(w.replicas[i%replicas])
+	}
+	w.write()
+	return w
+}
+
+// newQuietWorld starts replicas on a connection string.
+func newQuietWorld(t testing.TB, replicas int, connString string) *world {
 	t.Helper()
 	w := &world{t: t, log: &syncWriter{buffer: new(bytes.Buffer)}, told: make(map[uint64]string), acked: make(map[string]uint64)}
 	w.changed = sync.NewCond(&w.mu)
 	w.ctx = t.Context()
 	w.readers = new(errgroup.Group)
 	for range replicas {
-		w.replicas = append(w.replicas, w.start(db.Config{ConnString: connString}))
+		w.replicas = append(w.replicas, w.start(db.Config{ConnString: connString}, ""))
 	}
-	for i := range 2 * replicas {
-		f := &follower{world: w, replica: w.replicas[i%replicas]}
-		w.followers = append(w.followers, f)
-		w.readers.Go(func() error { return w.noteFailure(f.follow(w.ctx)) })
-	}
-	w.write()
 	return w
 }
 
-// start starts a replica whose log the world keeps.
-func (w *world) start(config db.Config) *servertest.Replica {
+func (w *world) addFollower(replica *servertest.Replica) {
+	f := &follower{world: w, replica: replica}
+	w.followers = append(w.followers, f)
+	w.readers.Go(func() error { return w.noteFailure(f.follow(w.ctx)) })
+}
+
+// start starts a replica whose log the world keeps, on any address if none is given.
+func (w *world) start(config db.Config, address string) *servertest.Replica {
 	w.t.Helper()
 	logger := slog.New(slog.NewTextHandler(w.log, nil))
 	return servertest.Start(w.t, "", servertest.Options{
+		Address:     address,
 		Configure:   func(c *server.Config) { c.Logger = logger },
 		ConfigureDB: func(c *db.Config) { config.MaxConns, config.Logger = 8, logger; *c = config },
 	})
@@ -198,9 +210,15 @@ func (w *world) observed() {
 		latest = max(latest, version)
 	}
 	w.mu.Unlock()
+	w.awaitVersion(latest)
+}
+
+// awaitVersion waits until every follower has seen a version or a later one.
+func (w *world) awaitVersion(version uint64) {
+	w.t.Helper()
 	w.await(func() bool {
 		for _, f := range w.followers {
-			if f.seen.Load() < latest {
+			if f.seen.Load() < version {
 				return false
 			}
 		}
@@ -340,6 +358,7 @@ type follower struct {
 
 	seen    atomic.Uint64 // latest version
 	resyncs atomic.Int64  // how often it was told to start over
+	copies  atomic.Int64  // how often it has made a copy
 	until   atomic.Uint64 // stop there; 0 until it is known
 
 	serverVersion, version uint64
@@ -400,6 +419,7 @@ func (f *follower) latest(ctx context.Context) error {
 		}
 		if versions := response.GetVersions(); versions != nil {
 			f.copied, f.serverVersion, f.version = copied, versions.ServerVersion, versions.LatestRecordVersion
+			f.copies.Add(1)
 			f.advance()
 		}
 	}
@@ -461,7 +481,7 @@ func awaitServingIn(ctx context.Context, r *servertest.Replica) error {
 }
 
 // ask runs a query on a server, past all replicas.
-func ask[T any](t *testing.T, p *dbtest.Postgres, sql string) (v T) {
+func ask[T any](t testing.TB, p *dbtest.Postgres, sql string) (v T) {
 	t.Helper()
 	conn, err := pgx.Connect(t.Context(), p.ConnString())
 	if err != nil {
@@ -474,13 +494,13 @@ func ask[T any](t *testing.T, p *dbtest.Postgres, sql string) (v T) {
 	return v
 }
 
-func latestVersionOf(t *testing.T, p *dbtest.Postgres) int64 {
+func latestVersionOf(t testing.TB, p *dbtest.Postgres) int64 {
 	t.Helper()
 	return ask[int64](t, p, `SELECT latest_version FROM pgbroker.versions`)
 }
 
 // recordsOf returns the records of the world on a server.
-func recordsOf(t *testing.T, p *dbtest.Postgres) map[string]uint64 {
+func recordsOf(t testing.TB, p *dbtest.Postgres) map[string]uint64 {
 	t.Helper()
 	return ask[map[string]uint64](t, p, `SELECT coalesce(jsonb_object_agg(id, version), '{}') FROM pgbroker.records WHERE type = '`+worldType+`'`)
 }

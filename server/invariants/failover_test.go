@@ -18,7 +18,7 @@ import (
 )
 
 // newPrimary starts a server with the schema.
-func newPrimary(t *testing.T) *dbtest.Postgres {
+func newPrimary(t testing.TB) *dbtest.Postgres {
 	t.Helper()
 	p := dbtest.Server(t, nil)
 	migrate(t, p.ConnString())
@@ -174,7 +174,7 @@ func TestI5_RestoreToBeforeAnEpoch(t *testing.T) {
 }
 
 // knowTimelines gives a server the history files of another one.
-func knowTimelines(t *testing.T, to, from *dbtest.Postgres) {
+func knowTimelines(t testing.TB, to, from *dbtest.Postgres) {
 	t.Helper()
 	files, err := filepath.Glob(filepath.Join(from.Dir(), "data", "pg_wal", "*.history"))
 	if err != nil || len(files) == 0 {
@@ -240,7 +240,7 @@ func TestI5_DumpAndRestore(t *testing.T) {
 }
 
 // contentOf returns all that the triggers keep, to see that none of them fires during a restore.
-func contentOf(t *testing.T, p *dbtest.Postgres) string {
+func contentOf(t testing.TB, p *dbtest.Postgres) string {
 	t.Helper()
 	return ask[string](t, p, `SELECT concat_ws(E'\n',
 		(SELECT string_agg(r::text, ' ' ORDER BY r.type, r.id) FROM pgbroker.records r),
@@ -309,7 +309,7 @@ func TestI6_NoWayBackInASplitBrain(t *testing.T) {
 	write(older.ConnString())
 	w := newWorld(t, 1, dbtest.ConnString(older.Addr(), newer.Addr()))
 	w.more(20)
-	r := w.start(db.Config{ConnStringFile: path})
+	r := w.start(db.Config{ConnStringFile: path}, "")
 	put(t, r, newValue("x", "before"))
 	w.observed()
 	held, err := r.DB.Acquire(t.Context()) // a connection in use, to the older server
@@ -351,7 +351,7 @@ func TestI6_NoWayBackInASplitBrain(t *testing.T) {
 	awaitServing(t, r)
 
 	// One that has just started is told by the newer server itself.
-	fresh := w.start(db.Config{ConnString: dbtest.ConnString(older.Addr(), newer.Addr())})
+	fresh := w.start(db.Config{ConnString: dbtest.ConnString(older.Addr(), newer.Addr())}, "")
 	got, err := fresh.Get(t.Context(), &databroker.GetRequest{Type: worldType, Id: "x"})
 	if err != nil || got.Record.Version != version {
 		t.Errorf("the fresh replica got %v (%v), want version %d", got, err, version)
