@@ -1,12 +1,14 @@
 package invariants
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health/grpc_health_v1"
@@ -335,8 +337,13 @@ func TestI6_NoWayBackInASplitBrain(t *testing.T) {
 	if got := ask[int64](t, newer, `SELECT version FROM pgbroker.records WHERE id = 'x'`); got != int64(version) {
 		t.Errorf("the newer server has version %d, want %d", got, version)
 	}
-	for r.Server.FeedStats().Connects == connects {
-		yield() // until it listens to the newer server
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	for r.Server.FeedStats().Connects == connects { // until it listens to the newer server
+		if ctx.Err() != nil {
+			t.Fatal("the listener still listens to the older server")
+		}
+		yield()
 	}
 
 	// There is only the older one now.
