@@ -19,7 +19,7 @@ COMMENT ON FUNCTION pgbroker.server_timeline() IS
 CREATE FUNCTION pgbroker.server_system_identifier() RETURNS bigint
   LANGUAGE plpgsql VOLATILE AS $$
 BEGIN
-  RETURN (SELECT system_identifier FROM pg_control_system());
+  RETURN (pg_control_system()).system_identifier;
 EXCEPTION
   WHEN insufficient_privilege OR feature_not_supported OR object_not_in_prerequisite_state THEN
     RETURN NULL;
