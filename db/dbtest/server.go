@@ -62,7 +62,8 @@ func start(t testing.TB, cfg embedded.Config) *Postgres {
 	cfg.Ephemeral, cfg.TCP = true, true
 	settings := map[string]string{
 		"synchronous_commit": "on", "max_locks_per_transaction": "256",
-		"max_standby_streaming_delay": "-1", // queries here are short: replay waits for them
+		"max_standby_streaming_delay": "-1",    // queries here are short: replay waits for them
+		"wal_retrieve_retry_interval": "100ms", // a promotion may wait for its end
 	}
 	maps.Copy(settings, cfg.Settings)
 	cfg.Settings = settings
