@@ -345,12 +345,12 @@ func (c bareConn) Query(ctx context.Context, sql string, args ...any) (pgx.Rows,
 	for i, arg := range args {
 		values[i] = []byte(fmt.Sprint(arg))
 	}
-	return pgx.RowsFromResultReader(pgtype.NewMap(), c.ExecParams(ctx, sql, values, nil, nil, nil)), nil
+	return pgx.RowsFromResultReader(pgtype.NewMap(), c.ExecParams(ctx, sql, values, nil, nil, nil)), nil //nolint:rowserrcheck // for the caller to check
 }
 
 // QueryRow implements DBTX.
 func (c bareConn) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
-	rows, err := c.Query(ctx, sql, args...)
+	rows, err := c.Query(ctx, sql, args...) //nolint:rowserrcheck // Scan does
 	return bareRow{rows, err}
 }
 
