@@ -232,17 +232,34 @@ func (w *world) pause() {
 	_ = w.writers.Wait() // failures are noted
 }
 
+// put writes a record, again if the database is away for a moment, and returns its version.
+func (w *world) put(replica *servertest.Replica, record *databroker.Record) uint64 {
+	w.t.Helper()
+	for {
+		response, err := replica.Put(w.ctx, &databroker.PutRequest{Records: []*databroker.Record{record}})
+		switch status.Code(err) {
+		case codes.OK:
+			return response.Records[0].Version
+		case codes.Unavailable, codes.DeadlineExceeded:
+			err = awaitServingIn(w.ctx, replica)
+		}
+		if err != nil {
+			w.t.Fatalf("put: %v", err)
+		}
+	}
+}
+
 // end stops the writers and compares every follower's copy with the table of a server.
 func (w *world) end(at *dbtest.Postgres) {
 	w.t.Helper()
 	w.pause()
 	w.await(func() bool { return true })
-	marker := put(w.t, w.replicas[0], newValue("marker", "end"))
+	marker := w.put(w.replicas[0], newValue("marker", "end"))
 	for _, f := range w.followers {
-		f.until.Store(marker.Records[0].Version)
+		f.until.Store(marker)
 	}
 	// The marker may have been delivered before its version was known: one more change wakes everybody.
-	put(w.t, w.replicas[0], &databroker.Record{Type: "wake", Id: "up"})
+	w.put(w.replicas[0], &databroker.Record{Type: "wake", Id: "up"})
 	done := make(chan struct{})
 	go func() {
 		_ = w.readers.Wait() // failures are noted
@@ -333,7 +350,7 @@ func (w *world) expectRefusal(left *dbtest.Postgres) {
 		r.DB.Reset()
 		value := newValue("after the old server came back", fmt.Sprint(i))
 		value.Id = fmt.Sprint(value.Id, i)
-		version := put(w.t, r, value).Records[0].Version
+		version := w.put(r, value)
 		w.tell(value, version)
 		got, err := r.Get(w.ctx, &databroker.GetRequest{Type: value.Type, Id: value.Id})
 		if err != nil || got.Record.Version != version {

@@ -276,7 +276,7 @@ func TestI5_AStreamAheadOfItsReplica(t *testing.T) {
 	}
 	// As the first write after a promotion finds it.
 	primary.Exec(`UPDATE pgbroker.state SET timeline = timeline + 1000`)
-	put(t, w.replicas[0], &databroker.Record{Type: "other", Id: "first of the epoch"})
+	w.put(w.replicas[0], &databroker.Record{Type: "other", Id: "first of the epoch"})
 	for {
 		response, err := stream.Recv()
 		if status.Code(err) == codes.Aborted {
@@ -311,7 +311,7 @@ func TestI6_NoWayBackInASplitBrain(t *testing.T) {
 	w := newWorld(t, 1, dbtest.ConnString(older.Addr(), newer.Addr()))
 	w.more(20)
 	r := w.start(db.Config{ConnStringFile: path}, "")
-	put(t, r, newValue("x", "before"))
+	w.put(r, newValue("x", "before"))
 	w.observed()
 	held, err := r.DB.Acquire(t.Context()) // a connection in use, to the older server
 	if err != nil {
@@ -332,7 +332,7 @@ func TestI6_NoWayBackInASplitBrain(t *testing.T) {
 	if _, err := held.Exec(t.Context(), `DELETE FROM pgbroker.records`); !db.IsUnavailable(err) {
 		t.Errorf("a connection to the older server is still in use: %v", err)
 	}
-	version := put(t, r, newValue("x", "after")).Records[0].Version
+	version := w.put(r, newValue("x", "after"))
 	if got := ask[int64](t, newer, `SELECT version FROM pgbroker.records WHERE id = 'x'`); got != int64(version) {
 		t.Errorf("the newer server has version %d, want %d", got, version)
 	}
