@@ -13,7 +13,8 @@ import (
 const changesAfter = `-- name: ChangesAfter :many
 SELECT v.server_version, v.options_version, v.latest_version::bigint AS latest_version,
        coalesce(g.purged_version, 0)::bigint AS purged_version,
-       EXISTS (SELECT FROM pgbroker.epochs e WHERE e.last_version < $1 AND $1 < e.first_version)::boolean AS lost,
+       coalesce((SELECT max($1 - e.last_version) FROM pgbroker.epochs e
+                 WHERE e.last_version < $1 AND $1 < e.first_version), 0)::bigint AS lost,
        coalesce(c.version, 0)::bigint AS version, coalesce(c.type, '')::text AS type, coalesce(c.id, '')::text AS id,
        coalesce(c.changed_at, 'epoch')::timestamptz AS changed_at, coalesce(c.deleted, false)::boolean AS deleted, c.payload
 FROM pgbroker.versions v
@@ -55,7 +56,7 @@ type ChangesAfterRow struct {
 	OptionsVersion int64
 	LatestVersion  int64
 	PurgedVersion  int64
-	Lost           bool
+	Lost           int64
 	Version        int64
 	Type           string
 	ID             string
@@ -67,12 +68,14 @@ type ChangesAfterRow struct {
 // What follows a version in the change log, of one type or (”) of all: up to max_rows changes and, after
 // the first, up to max_bytes of payload. At least one row, without a change (version 0) if nothing follows.
 // latest_version is the end of the log in the same snapshot; purged_version the highest tombstone that is
-// missing from it: a reader below that may have missed a deletion. lost says that a failover or restore has
-// undone the version read from. Without all_payloads only changes of payload_types come with theirs.
+// missing from it: a reader below that may have missed a deletion. lost is how many versions, up to the one
+// read from, a failover or restore has undone; 0 if that one is there. Without all_payloads only
+// changes of payload_types come with theirs.
 //
 //	SELECT v.server_version, v.options_version, v.latest_version::bigint AS latest_version,
 //	       coalesce(g.purged_version, 0)::bigint AS purged_version,
-//	       EXISTS (SELECT FROM pgbroker.epochs e WHERE e.last_version < $1 AND $1 < e.first_version)::boolean AS lost,
+//	       coalesce((SELECT max($1 - e.last_version) FROM pgbroker.epochs e
+//	                 WHERE e.last_version < $1 AND $1 < e.first_version), 0)::bigint AS lost,
 //	       coalesce(c.version, 0)::bigint AS version, coalesce(c.type, '')::text AS type, coalesce(c.id, '')::text AS id,
 //	       coalesce(c.changed_at, 'epoch')::timestamptz AS changed_at, coalesce(c.deleted, false)::boolean AS deleted, c.payload
 //	FROM pgbroker.versions v

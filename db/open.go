@@ -111,6 +111,7 @@ type DB struct {
 	log      *slog.Logger
 	main     *source
 	listener *source // the same as main, or another
+	fence    *fence
 
 	generation atomic.Int64 // counts resets; a connection knows its own
 	mu         sync.Mutex   // protects lastReset
@@ -125,6 +126,7 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 	if d.log == nil {
 		d.log = slog.New(slog.DiscardHandler)
 	}
+	d.fence = newFence(d.log, d.leave)
 	switch {
 	case cfg.MaxConns < 0 || cfg.MaxConns > 1e6:
 		return nil, fmt.Errorf("db: maximum of connections: got %d, allowed 0 (default) to 1000000", cfg.MaxConns)
@@ -161,6 +163,7 @@ func (d *DB) beforeConnect(ctx context.Context, cfg *pgx.ConnConfig) error {
 		return err
 	}
 	*cfg = *d.main.current()
+	d.fence.guard(cfg)
 	cfg.Tracer = &connTracer{db: d, generation: d.generation.Load(), answerTime: answerTime(cfg)}
 	return nil
 }
@@ -175,6 +178,7 @@ func (d *DB) Listen(ctx context.Context) (*pgx.Conn, error) {
 	if !d.listener.named {
 		cfg.RuntimeParams["application_name"] += "-listener"
 	}
+	d.fence.guard(cfg)
 	conn, err := pgx.ConnectConfig(ctx, cfg)
 	d.listener.gate.leave(err)
 	return conn, err
@@ -186,6 +190,26 @@ func (d *DB) ConnConfig() *pgx.ConnConfig { return d.listener.current() }
 
 // Resets returns how often the pool has given up all of its connections.
 func (d *DB) Resets() int64 { return d.generation.Load() }
+
+// Refused returns how many connections were given up because they led to a
+// server that is behind one that has been seen. Errors of such attempts wrap a
+// *PastError.
+func (d *DB) Refused() int64 { return d.fence.refused.Load() }
+
+// Timeline returns the timeline of the server in use, 0 if that is not known.
+func (d *DB) Timeline() int64 { return d.fence.timeline.Load() }
+
+// Settle makes sure that the server that connections lead to now is not behind
+// one that has been seen, and that its epoch has begun. Each new connection is
+// checked by itself; behind a pooler the server can change without one.
+func (d *DB) Settle(ctx context.Context) error {
+	conn, err := d.Acquire(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Release()
+	return d.fence.check(ctx, conn.Conn().PgConn())
+}
 
 // Close closes all connections of the pool, when those in use are released.
 func (d *DB) Close() { d.Pool.Close() }
@@ -206,6 +230,16 @@ func (d *DB) stale(generation int64, reason error) {
 	d.generation.Add(1)
 	d.Pool.Reset()
 	d.log.Warn("gave up all connections to postgres", "reason", reason)
+}
+
+// leave is told that a newer server than the one in use was found: whatever
+// the pool holds is closed already.
+func (d *DB) leave() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.lastReset = time.Now()
+	d.generation.Add(1)
+	d.Pool.Reset()
 }
 
 // connTracer watches one connection of the pool. It sees every error, those

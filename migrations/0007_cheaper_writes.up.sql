@@ -222,27 +222,20 @@ $$;
 -- Storage
 -- ---------------------------------------------------------------------------------------------
 
--- A session of 1.4 kB is a row of 3.4 kB: with the room that keeps its updates HOT, one page for each.
--- Compressed it takes half of one, and with that half the reads, writes and memory. lz4 takes some
--- microseconds for a row; the older method would take several times that, so without lz4 nothing changes.
+-- Rows above toast_tuple_target are compressed, and if they are still above it, parts of them are moved out. lz4 takes some
+-- microseconds for that; the older method takes several times as long.
 DO $$
 BEGIN
   ALTER TABLE pgbroker.records
     ALTER COLUMN payload SET COMPRESSION lz4,
     ALTER COLUMN data SET COMPRESSION lz4,
     ALTER COLUMN search_text SET COMPRESSION lz4;
-  -- In the row as long as it fits a page: what is moved out of it makes updates more expensive. All columns, for what may
-  -- be moved out is so before anything that may not is compressed.
-  ALTER TABLE pgbroker.records
-    ALTER COLUMN type SET STORAGE PLAIN,
-    ALTER COLUMN id SET STORAGE PLAIN,
-    ALTER COLUMN index_fields SET STORAGE MAIN,
-    ALTER COLUMN payload SET STORAGE MAIN,
-    ALTER COLUMN data SET STORAGE MAIN,
-    ALTER COLUMN search_text SET STORAGE MAIN;
-  -- Three rows of this size fill a page: two live ones, and the next version of one.
-  ALTER TABLE pgbroker.records SET (toast_tuple_target = 2600);
 EXCEPTION WHEN feature_not_supported THEN
-  RAISE NOTICE 'this PostgreSQL has no lz4: records take more space';
+  RAISE NOTICE 'this PostgreSQL has no lz4: large records are written more slowly';
 END
 $$;
+-- Keys stay in the row, or they would be the next thing to be moved out.
+ALTER TABLE pgbroker.records
+  ALTER COLUMN type SET STORAGE MAIN,
+  ALTER COLUMN id SET STORAGE MAIN,
+  ALTER COLUMN index_fields SET STORAGE MAIN;

@@ -57,6 +57,7 @@ func toStatus(ctx context.Context, logger *slog.Logger, method string, err error
 	}
 	var invalid invalidError
 	var pgErr *pgconn.PgError
+	var past *db.PastError
 	switch {
 	case errors.As(err, &invalid), errors.Is(err, filter.ErrInvalid), errors.Is(err, projection.ErrInvalidPatch):
 		return status.Error(codes.InvalidArgument, bounded(err.Error()))
@@ -77,6 +78,8 @@ func toStatus(ctx context.Context, logger *slog.Logger, method string, err error
 	case errors.As(err, &pgErr) && pgErr.Code == sqlLockNotAvailable:
 		logger.ErrorContext(ctx, "another transaction blocks writes", "method", method, "error", err)
 		return status.Error(codes.Unavailable, "another transaction in the database blocks writes")
+	case errors.As(err, &past): // logged by package db, which knows when it has said so
+		return status.Error(codes.Unavailable, "the database server is one that was left for a newer one")
 	case db.IsUnavailable(err):
 		logger.WarnContext(ctx, "database unavailable", "method", method, "error", err)
 		return status.Error(codes.Unavailable, "the database is unavailable")

@@ -136,6 +136,7 @@ func New(config Config) (*Server, error) {
 	s.feed = changefeed.New(changefeed.Config{
 		Queries:      s.queries,
 		Listen:       s.db.Listen,
+		Settle:       s.db.Settle,
 		Encode:       s.encodeChange,
 		OnServices:   s.services.Wake,
 		RingBytes:    config.RingBytes,

@@ -51,6 +51,9 @@ type Config struct {
 	Queries *db.Queries
 	// Listen opens the connection that listens for notifications.
 	Listen func(context.Context) (*pgx.Conn, error)
+	// Settle makes sure that the server is one that this replica may use, and begins its epoch. It is called
+	// when the database can be read again.
+	Settle func(context.Context) error
 	// Encode turns a change into the bytes that every stream sends. It is called once for each change
 	// in the ring, and once for each change that a stream behind the ring reads.
 	Encode func(*db.ChangesAfterRow) []byte
@@ -218,7 +221,10 @@ type Cursor struct {
 	recordType    string
 	serverVersion int64
 	version       int64 // everything up to here has been delivered, or is of another type
-	options       *Options
+	// ahead says that version was above the head when last seen: the client comes from a faster replica, or
+	// has seen what a failover then undid. The table tells which.
+	ahead   bool
+	options *Options
 }
 
 // Open returns a cursor for the changes of a type, or of all types if it is "", after a version. It fails
@@ -343,9 +349,9 @@ func (c *Cursor) Next(ctx context.Context, wait bool) (Event, error) {
 		end := false
 		ring := v.ring(c.recordType)
 		switch {
-		case c.version >= ring.base && c.version < v.head:
+		case c.version >= ring.base && c.version < v.head && !c.ahead:
 			event.Changes = c.readRing(ring, v.head)
-		case c.version < ring.base || !wait: // the table also knows what the ring has not heard of yet
+		case c.version < v.head || !wait: // the table also knows what the ring has not heard of yet
 			var err error
 			event.Changes, end, err = c.readTable(ctx)
 			if err != nil {
@@ -355,6 +361,7 @@ func (c *Cursor) Next(ctx context.Context, wait bool) (Event, error) {
 				retry, end = time.After(retryTime), true
 			}
 		default:
+			c.ahead = c.version > v.head
 			end = true
 		}
 		switch {
@@ -409,11 +416,12 @@ func (c *Cursor) readTable(ctx context.Context) (changes []*Change, end bool, er
 		return nil, false, fmt.Errorf("read changes: %w", err)
 	}
 	c.feed.stats.tableReads.Add(1)
+	c.ahead = false
 	first := &rows[0]
 	switch {
 	case first.ServerVersion != c.serverVersion:
 		return nil, false, ErrDataSetChanged
-	case first.Lost:
+	case first.Lost > 0:
 		return nil, false, ErrLost
 	case first.PurgedVersion > c.version:
 		return nil, false, ErrPurged

@@ -31,7 +31,7 @@ type listener struct {
 func (l *listener) run(ctx context.Context) {
 	delay := backoff.NewExponentialBackOff()
 	delay.InitialInterval = 50 * time.Millisecond
-	delay.MaxInterval = 5 * time.Second
+	delay.MaxInterval = time.Second
 	for ctx.Err() == nil {
 		connected, err := l.listen(ctx)
 		l.stats.listening.Store(false)

@@ -15,6 +15,9 @@ const (
 	tailBytes = 4 << 20
 )
 
+// unreadTime is how long after a failed read the tailer tries again: streams and health wait for that.
+const unreadTime = 250 * time.Millisecond
+
 // tail publishes what is new at each wake-up and on a slow tick, until ctx ends.
 func (f *Feed) tail(ctx context.Context) {
 	tick := time.NewTicker(f.config.PollInterval)
@@ -32,10 +35,16 @@ func (f *Feed) tail(ctx context.Context) {
 		if more {
 			continue
 		}
+		var retry <-chan time.Time
+		if err != nil {
+			retry = time.After(unreadTime)
+		}
 		select {
 		case <-f.wake:
 			asked = true
 		case <-tick.C:
+			asked = false
+		case <-retry:
 			asked = false
 		case <-ctx.Done():
 			return
@@ -50,10 +59,10 @@ func (f *Feed) noteRead(ctx context.Context, err error) {
 	case err != nil && before == nil:
 		f.logger.WarnContext(ctx, "cannot read changes; streams wait", "error", err)
 	case err == nil && before != nil:
-		// The server may be another one than before: begin its epoch now, not at the next write, so that
+		// The server may be another one than before: its epoch begins now, not at the next write, so that
 		// streams which have seen what it lacks are told.
-		if err = f.config.Queries.OrderLock(ctx); err != nil {
-			f.logger.WarnContext(ctx, "cannot begin the server's epoch", "error", err)
+		if err = f.config.Settle(ctx); err != nil {
+			f.logger.WarnContext(ctx, "cannot settle with the database", "error", err)
 			return
 		}
 		f.logger.InfoContext(ctx, "reading changes", "version", f.view.Load().head)
@@ -88,10 +97,10 @@ func (f *Feed) readNew(ctx context.Context) (found int, more bool, err error) {
 	}
 	switch {
 	case v.serverVersion != first.ServerVersion:
-		f.restart(options, first)
+		f.restart(ctx, options, first)
 		return 0, false, nil
-	case first.Lost || first.LatestVersion < v.head:
-		return 0, false, f.forgetLost(ctx, v, first)
+	case versionsLost(v, first) > 0:
+		return 0, false, f.forgetLost(ctx, v)
 	case first.Version == 0:
 		if options != v.options {
 			f.publish(func(v *view) { v.options = options })
@@ -102,8 +111,19 @@ func (f *Feed) readNew(ctx context.Context) (found int, more bool, err error) {
 	return len(rows), rows[len(rows)-1].Version < first.LatestVersion, nil
 }
 
-// restart publishes empty rings at the end of the log.
-func (f *Feed) restart(options *Options, at *db.ChangesAfterRow) {
+// versionsLost returns how many of the versions that this replica has read are gone.
+func versionsLost(v *view, found *db.ChangesAfterRow) int64 {
+	return max(found.Lost, v.head-found.LatestVersion, 0)
+}
+
+// restart publishes empty rings at the end of the log, and tells what was lost with the data set before.
+func (f *Feed) restart(ctx context.Context, options *Options, at *db.ChangesAfterRow) {
+	before := f.view.Load()
+	if lost := versionsLost(before, at); lost > 0 {
+		f.stats.versionsLost.Add(lost)
+		f.logger.ErrorContext(ctx, "the database has lost changes that clients have seen; they start over",
+			"versions_lost", lost, "seen_version", before.head, "survived_version", before.head-lost)
+	}
 	f.publish(func(v *view) {
 		v.serverVersion = at.ServerVersion
 		v.options = options
@@ -114,10 +134,8 @@ func (f *Feed) restart(options *Options, at *db.ChangesAfterRow) {
 }
 
 // forgetLost gives the data set a new server version, because clients of this replica have seen changes
-// that the database no longer has, and may have cached what they saw.
-func (f *Feed) forgetLost(ctx context.Context, v *view, found *db.ChangesAfterRow) error {
-	f.logger.ErrorContext(ctx, "the database has lost changes that clients have seen; they start over",
-		"seen_version", v.head, "latest_version", found.LatestVersion)
+// that the database no longer has, and may have cached what they saw. The next read finds it.
+func (f *Feed) forgetLost(ctx context.Context, v *view) error {
 	if _, err := f.config.Queries.StateReplaceServerVersion(ctx, v.serverVersion); err != nil {
 		return fmt.Errorf("replace the server version: %w", err)
 	}
