@@ -10,6 +10,7 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null)
 # Passed on: make run ARGS=--ephemeral, make test TESTFLAGS='-run TestPut ./server/...'
 ARGS      ?=
 TESTFLAGS ?= ./...
+FUZZTIME  ?= 10s
 export VULNDB
 
 .DEFAULT_GOAL := help
@@ -40,6 +41,7 @@ BENCHFLAGS ?= --budget 15m
 bench: build ## measure everything on a Postgres of its own, beside what is possible, and write docs/benchmarks.md
 	@.ci/need postgres
 	@bin/pgbroker bench all --report docs/benchmarks.md $(BENCHFLAGS)
+
 # What chaos is told: for how long, drawn from which seed, beside which older version, with which kinds of
 # faults (a regular expression; empty for all).
 DURATION ?= 10m
@@ -52,6 +54,12 @@ chaos: ## inject faults at random and check all histories (DURATION=10m SEED=1 P
 	@.ci/need go postgres
 	@go test -count=1 -timeout 0 -v -run '^TestChaos$$' ./server/chaos -chaos.duration $(DURATION) -chaos.seed $(SEED) \
 		-chaos.previous '$(PREVIOUS)' -chaos.only '$(FAULTS)' -chaos.skew
+
+.PHONY: fuzz
+fuzz: ## run every fuzz target for FUZZTIME=10s; make test runs them on what is in their seed corpora
+	@.ci/need go postgres
+	@CGO_ENABLED=0 go build -o bin/withpostgres ./db/dbtest/withpostgres
+	@.ci/fuzz $(FUZZTIME)
 
 .PHONY: generate
 generate: ## regenerate everything that is generated

@@ -27,6 +27,7 @@ var (
 	errLeaseLost       = errors.New("lease no longer held")
 	errOverloaded      = errors.New("the server is overloaded: too many writes are waiting")
 	errStopping        = errors.New("the server is shutting down")
+	errBlocked         = errors.New("another transaction in the database blocks writes; the server's log says which")
 	errPanicked        = errors.New("a request panicked") // logged where it is recovered
 )
 
@@ -56,6 +57,7 @@ func toStatus(ctx context.Context, logger *slog.Logger, method string, err error
 		return err
 	}
 	var invalid invalidError
+	var limit *limitError
 	var pgErr *pgconn.PgError
 	var past *db.PastError
 	switch {
@@ -71,13 +73,18 @@ func toStatus(ctx context.Context, logger *slog.Logger, method string, err error
 		return status.Error(codes.Aborted, "invalid server version")
 	case errors.Is(err, changefeed.ErrPurged), errors.Is(err, changefeed.ErrLost):
 		return status.Error(codes.Aborted, "invalid record version")
+	case errors.As(err, &limit):
+		return status.Error(codes.ResourceExhausted, limit.Error())
 	case errors.Is(err, combiner.ErrFull):
 		return status.Error(codes.ResourceExhausted, errOverloaded.Error())
 	case errors.Is(err, errStopping), errors.Is(err, changefeed.ErrStopped):
 		return status.Error(codes.Unavailable, errStopping.Error())
 	case errors.As(err, &pgErr) && pgErr.Code == sqlLockNotAvailable:
-		logger.ErrorContext(ctx, "another transaction blocks writes", "method", method, "error", err)
-		return status.Error(codes.Unavailable, "another transaction in the database blocks writes")
+		// blockerWatch logs it, once.
+		logger.DebugContext(ctx, "another transaction blocks writes", "method", method, "error", err)
+		return status.Error(codes.Unavailable, errBlocked.Error())
+	case errors.Is(err, errBlocked):
+		return status.Error(codes.Unavailable, errBlocked.Error())
 	case errors.As(err, &past): // logged by package db, which knows when it has said so
 		return status.Error(codes.Unavailable, "the database server is one that was left for a newer one")
 	case db.IsUnavailable(err):

@@ -58,7 +58,7 @@ func (r readings) Collect(metrics chan<- prometheus.Metric) {
 	}
 }
 
-func newReadings(feed *changefeed.Feed, database *db.DB) readings {
+func newReadings(feed *changefeed.Feed, database *db.DB, waitingWrites func() int) readings {
 	gauge := func(name, help string, read func() float64) reading {
 		return reading{prometheus.NewDesc(name, help, nil, nil), prometheus.GaugeValue, read}
 	}
@@ -82,6 +82,8 @@ func newReadings(feed *changefeed.Feed, database *db.DB) readings {
 			func() float64 { return float64(feed.Stats().TableReads) }),
 		counter("pgbroker_feed_unannounced_total", "Reads that found changes although listening and not notified: lost wake-ups.",
 			func() float64 { return float64(feed.Stats().Unannounced) }),
+		gauge("pgbroker_writes_waiting", "Requests to write that wait for the batch under way to end.",
+			func() float64 { return float64(waitingWrites()) }),
 		counter("pgbroker_feed_versions_lost_total", "Record versions that a failover or restore has undone after this replica had read them.",
 			func() float64 { return float64(feed.Stats().VersionsLost) }),
 		gauge("pgbroker_database_timeline", "Timeline of the database server in use; 0 where it is hidden.",

@@ -70,7 +70,7 @@ func (s *brokerServer) Query(ctx context.Context, request *databroker.QueryReque
 
 // query chooses the query that looks at the fewest records.
 func (s *brokerServer) query(ctx context.Context, request *databroker.QueryRequest, parsed *filter.Filter) ([]queryRow, error) {
-	queries := s.queries
+	queries := s.bounded
 	access := parsed.Access()
 	search := strings.ToLower(request.Query)
 	if strings.ContainsRune(search, projection.Separator) {
@@ -139,7 +139,7 @@ func (s *brokerServer) query(ctx context.Context, request *databroker.QueryReque
 // scan runs the one query that reads all records of a type.
 func (s *brokerServer) scan(ctx context.Context, params db.QueryScanParams) (rows []db.QueryScanRow, err error) {
 	err = pgx.BeginTxFunc(ctx, s.db.Pool, pgx.TxOptions{AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
-		queries := db.New(tx)
+		queries := db.New(boundedReader{tx, s.limiter})
 		if err := queries.ScanInParallel(ctx); err != nil {
 			return err
 		}

@@ -90,7 +90,7 @@ func (s *brokerServer) Put(ctx context.Context, request *databroker.PutRequest) 
 		version, err := s.serverVersion(ctx)
 		return &databroker.PutResponse{ServerVersion: version}, err
 	}
-	result, err := s.writer.write(ctx, rows)
+	result, err := s.write(ctx, rows)
 	if err != nil {
 		return nil, err
 	}
@@ -120,7 +120,7 @@ func (s *brokerServer) Patch(ctx context.Context, request *databroker.PatchReque
 			version, err := s.serverVersion(ctx)
 			return &databroker.PatchResponse{ServerVersion: version}, err
 		}
-		result, err := s.writer.write(ctx, rows)
+		result, err := s.write(ctx, rows)
 		if err != nil {
 			return nil, err
 		}
@@ -148,7 +148,7 @@ func (s *brokerServer) merge(ctx context.Context, request *databroker.PatchReque
 	}
 	var stored []db.RecordsGetRow
 	err = db.RetryRead(ctx, func(ctx context.Context) (err error) {
-		stored, err = s.queries.RecordsGet(ctx, params)
+		stored, err = s.bounded.RecordsGet(ctx, params)
 		return err
 	})
 	if err != nil {
@@ -193,6 +193,16 @@ func (s *brokerServer) merge(ctx context.Context, request *databroker.PatchReque
 		})
 	}
 	return rows, records, nil
+}
+
+// write performs a request. One that has waited in vain for others, who wait for a transaction that somebody has left open,
+// is told so.
+func (s *brokerServer) write(ctx context.Context, rows []writeRow) (writeResult, error) {
+	result, err := s.writer.write(ctx, rows)
+	if errors.Is(err, context.DeadlineExceeded) && s.blockers.active() {
+		return result, errBlocked
+	}
+	return result, err
 }
 
 // setPayload sets a row's payload and what is projected from it.

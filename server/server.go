@@ -46,6 +46,7 @@ const (
 	DefaultMaxMessageSize      = 4 << 20
 	DefaultTombstoneRetention  = 7 * 24 * time.Hour
 	DefaultMaintenanceInterval = 10 * time.Second
+	DefaultLockWarning         = 2 * time.Second
 )
 
 // Config of a Server.
@@ -76,6 +77,10 @@ type Config struct {
 	// MaintenanceInterval is how often what is due is looked for, which bounds how long a record outlives
 	// its expiry; 0 means 10 s.
 	MaintenanceInterval time.Duration
+	// Limits bound what clients can make the server hold.
+	Limits Limits
+	// LockWarning is how long another session of the database may keep writers waiting before it is logged; 0 means 2 s.
+	LockWarning time.Duration
 	// PollInterval is how often changes are looked for when nobody announces any; 0 means 2 s.
 	PollInterval time.Duration
 	// Registerer takes the metrics; nil means none.
@@ -95,6 +100,9 @@ type Server struct {
 	feed      *changefeed.Feed
 	services  *serviceFeed
 	metrics   *metrics
+	limiter   *limiter
+	bounded   *db.Queries // for reads whose size a client decides
+	blockers  *blockerWatch
 	grpc      *grpc.Server
 	health    *health.Server
 	snapshots chan struct{} // one per open snapshot of SyncLatest
@@ -110,6 +118,7 @@ func New(config Config) (*Server, error) {
 	config.MaxMessageSize = cmp.Or(config.MaxMessageSize, DefaultMaxMessageSize)
 	config.TombstoneRetention = cmp.Or(config.TombstoneRetention, DefaultTombstoneRetention)
 	config.MaintenanceInterval = cmp.Or(config.MaintenanceInterval, DefaultMaintenanceInterval)
+	config.LockWarning = cmp.Or(config.LockWarning, DefaultLockWarning)
 	config.Logger = cmp.Or(config.Logger, slog.Default())
 	if config.DB == nil {
 		return nil, errors.New("server: no database is configured")
@@ -126,9 +135,12 @@ func New(config Config) (*Server, error) {
 		projector: projection.New(nil),
 		writer:    newWriter(config.DB, config.RequestTimeout),
 		metrics:   newMetrics(),
+		limiter:   newLimiter(config.Limits, config.Logger),
 		health:    health.NewServer(),
 		snapshots: make(chan struct{}, max(1, int(config.DB.Config().MaxConns)/2)),
 	}
+	s.bounded = db.New(boundedReader{config.DB, s.limiter})
+	s.blockers = &blockerWatch{queries: s.queries, logger: s.logger, after: config.LockWarning}
 	// Until the database has been read.
 	s.health.SetServingStatus("", grpc_health_v1.HealthCheckResponse_NOT_SERVING)
 	s.stopping, s.stop = context.WithCancel(context.Background())
@@ -158,15 +170,21 @@ func (s *Server) newGRPC() error {
 	recovered := recovery.WithRecoveryHandlerContext(s.recovered)
 	options := []grpc.ServerOption{
 		grpc.ForceServerCodecV2(newCodec()),
+		grpc.InTapHandle(s.limiter.tap(authenticator)),
+		grpc.ConnectionTimeout(handshakeTime),
+		grpc.MaxHeaderListSize(maxHeaderBytes),
+		grpc.MaxConcurrentStreams(s.limiter.maxConcurrentStreams()),
 		grpc.MaxRecvMsgSize(s.config.MaxMessageSize),
 		// Clients behind Envoy ping every few minutes, also without streams; none may be told that this
 		// is too often. Our own pings find clients that have gone without a word.
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Minute, Timeout: 20 * time.Second}),
 		grpc.ChainUnaryInterceptor(
-			requests.UnaryServerInterceptor(), s.unaryErrors, recovery.UnaryServerInterceptor(recovered), authenticator.Unary, s.deadline),
+			requests.UnaryServerInterceptor(), s.unaryErrors, recovery.UnaryServerInterceptor(recovered), authenticator.Unary,
+			s.limiter.unary, s.deadline),
 		grpc.ChainStreamInterceptor(
-			requests.StreamServerInterceptor(), s.streamErrors, recovery.StreamServerInterceptor(recovered), authenticator.Stream),
+			requests.StreamServerInterceptor(), s.streamErrors, recovery.StreamServerInterceptor(recovered), authenticator.Stream,
+			s.limiter.stream),
 	}
 	if s.config.TLS != nil {
 		options = append(options, grpc.Creds(credentials.NewTLS(s.config.TLS)))
@@ -178,11 +196,17 @@ func (s *Server) newGRPC() error {
 	grpc_health_v1.RegisterHealthServer(s.grpc, &healthServer{s.health})
 	reflection.Register(s.grpc)
 	requests.InitializeMetrics(s.grpc)
+	s.limiter.methods = make(map[string]bool)
+	for service, info := range s.grpc.GetServiceInfo() {
+		for _, method := range info.Methods {
+			s.limiter.methods["/"+service+"/"+method.Name] = true
+		}
+	}
 
 	if s.config.Registerer == nil {
 		return nil
 	}
-	for _, collector := range append(s.metrics.collectors(), requests, newReadings(s.feed, s.db)) {
+	for _, collector := range append(s.metrics.collectors(), s.limiter.reached, s.blockers, requests, newReadings(s.feed, s.db, s.writer.combiner.Waiting)) {
 		if err := s.config.Registerer.Register(collector); err != nil {
 			return fmt.Errorf("server: register metrics: %w", err)
 		}
@@ -221,10 +245,11 @@ func (s *Server) Run(ctx context.Context, listener net.Listener) error {
 	group.Go(func() error { return s.feed.Run(background) })
 	group.Go(func() error { s.services.run(background); return nil })
 	group.Go(func() error { periodic.run(background); return nil })
+	group.Go(func() error { s.blockers.run(background); return nil })
 	group.Go(func() error { s.reportHealth(background); return nil })
 
 	served := make(chan error, 1)
-	go func() { served <- s.grpc.Serve(listener) }()
+	go func() { served <- s.grpc.Serve(s.limiter.listener(listener)) }()
 	s.logger.InfoContext(ctx, "serving", "address", listener.Addr().String())
 
 	var err error

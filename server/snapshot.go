@@ -3,7 +3,6 @@ package server
 import (
 	"context"
 	"fmt"
-	"iter"
 	"sync"
 	"time"
 
@@ -27,17 +26,30 @@ var (
 )
 
 // snapshot is a view of the database in which all reads see the same state, as long as it lasts. It is
-// opened when it is read, and again after close.
+// opened when it is read, and again after close. But for close, it is used by one goroutine.
 type snapshot struct {
 	db    *db.DB
 	slots chan struct{} // bounds the open snapshots, so that other requests find connections
 
+	rows int32 // of the next page
+
 	mu     sync.Mutex // protects what follows; held while reading
 	tx     pgx.Tx     // nil while closed
 	opened time.Time
+	ahead  *nextPage // nil if none has been asked for
 }
 
-func (s *Server) newSnapshot() *snapshot { return &snapshot{db: s.db, slots: s.snapshots} }
+// nextPage is a page that is read while the one before it is sent.
+type nextPage struct {
+	from  key
+	done  chan struct{} // closed when the read has ended
+	valid bool          // it has been read, and is still wanted; protected by snapshot.mu, as page is
+	page  []db.RecordsPageRow
+}
+
+func (s *Server) newSnapshot() *snapshot {
+	return &snapshot{db: s.db, slots: s.snapshots, rows: pageRows}
+}
 
 // state returns the versions and the options of all types.
 func (s *snapshot) state(ctx context.Context) (state db.StateGetRow, options []db.OptionsListRow, err error) {
@@ -52,58 +64,73 @@ func (s *snapshot) state(ctx context.Context) (state db.StateGetRow, options []d
 
 // page returns the records of a type, or of all types, from a key on; none at the end.
 func (s *snapshot) page(ctx context.Context, recordType string, from key) (page []db.RecordsPageRow, err error) {
+	if page, ok := s.takeAhead(from); ok {
+		return page, nil
+	}
 	err = s.read(ctx, func(queries *db.Queries) (err error) {
-		if recordType == "" {
-			page, err = queries.RecordsPage(ctx, db.RecordsPageParams{
-				FromType: from.recordType, FromID: from.id, MaxRows: pageRows, MaxBytes: pageBytes,
-			})
-			return err
-		}
-		rows, err := queries.RecordsPageOfType(ctx, db.RecordsPageOfTypeParams{
-			Type: recordType, FromID: from.id, MaxRows: pageRows, MaxBytes: pageBytes,
-		})
-		page = convertRows(rows, func(r db.RecordsPageOfTypeRow) db.RecordsPageRow { return db.RecordsPageRow(r) })
+		page, err = readPage(ctx, queries, recordType, from, s.rows)
 		return err
 	})
 	return page, err
 }
 
-// pages returns the records of a type, or of all types, page by page in the order of their keys. While one page is used the
-// next is read.
-func (s *snapshot) pages(ctx context.Context, recordType string) iter.Seq2[[]db.RecordsPageRow, error] {
-	type result struct {
-		page []db.RecordsPageRow
-		err  error
+func readPage(ctx context.Context, queries *db.Queries, recordType string, from key, limit int32) ([]db.RecordsPageRow, error) {
+	if recordType == "" {
+		return queries.RecordsPage(ctx, db.RecordsPageParams{
+			FromType: from.recordType, FromID: from.id, MaxRows: limit, MaxBytes: pageBytes,
+		})
 	}
-	return func(yield func([]db.RecordsPageRow, error) bool) {
-		ctx, cancel := context.WithCancel(ctx)
-		next := make(chan result, 1)
-		var reading sync.WaitGroup
-		defer reading.Wait() // or it could open the snapshot again that the caller closes
-		defer cancel()
-		read := func(from key) {
-			reading.Go(func() {
-				page, err := s.page(ctx, recordType, from)
-				next <- result{page, err}
-			})
+	rows, err := queries.RecordsPageOfType(ctx, db.RecordsPageOfTypeParams{
+		Type: recordType, FromID: from.id, MaxRows: limit, MaxBytes: pageBytes,
+	})
+	return convertRows(rows, func(r db.RecordsPageOfTypeRow) db.RecordsPageRow { return db.RecordsPageRow(r) }), err
+}
+
+// readAhead begins to read the page that will be asked for next. A client that turns out to be slow loses it with the
+// snapshot.
+func (s *snapshot) readAhead(ctx context.Context, recordType string, from key) {
+	next := &nextPage{from: from, done: make(chan struct{})}
+	limit := s.rows
+	s.mu.Lock()
+	s.ahead = next
+	s.mu.Unlock()
+	go func() {
+		defer close(next.done)
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.tx == nil || s.ahead != next {
+			return
 		}
-		for read(key{recordType: recordType}); ; {
-			r := <-next
-			if r.err != nil {
-				yield(nil, r.err)
-				return
-			}
-			if len(r.page) == 0 {
-				return
-			}
-			last := &r.page[len(r.page)-1]
-			// No text sorts between a text and the same followed by U+0001, the lowest character there is.
-			read(key{last.Type, last.ID + "\x01"})
-			if !yield(r.page, nil) {
-				return
-			}
+		page, err := readPage(ctx, db.New(s.tx), recordType, from, limit)
+		if err != nil {
+			return // the read that follows meets the same, and says so
 		}
+		next.page, next.valid = page, true
+	}()
+}
+
+// takeAhead returns the page from a key on that was read ahead, if there is one.
+func (s *snapshot) takeAhead(from key) (page []db.RecordsPageRow, ok bool) {
+	s.mu.Lock()
+	next := s.ahead
+	s.mu.Unlock()
+	if next == nil {
+		return nil, false
 	}
+	<-next.done
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.ahead = nil
+	return next.page, next.valid && next.from == from
+}
+
+// pace sets the size of the next page by what a client has taken of the one before, and whether that was too much for it.
+func (s *snapshot) pace(taken int, tooMuch bool) {
+	if tooMuch {
+		s.rows = int32(max(taken, 1))
+		return
+	}
+	s.rows = min(2*s.rows, pageRows)
 }
 
 func (s *snapshot) read(ctx context.Context, read func(*db.Queries) error) error {
@@ -138,12 +165,21 @@ func (s *snapshot) openLocked(ctx context.Context) error {
 	return nil
 }
 
-// close ends the snapshot and gives its connection back. It may be called at any time, from any
-// goroutine, and waits for a read that is under way.
+// close ends the snapshot and gives its connection back, and what was read ahead with it. It may be called at any time, from
+// any goroutine, and waits for a read that is under way.
 func (s *snapshot) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.ahead != nil {
+		s.ahead.valid, s.ahead.page = false, nil
+	}
 	s.closeLocked()
+}
+
+// end closes the snapshot for good: nothing is read any more when it returns.
+func (s *snapshot) end() {
+	s.takeAhead(key{})
+	s.close()
 }
 
 func (s *snapshot) closeLocked() {

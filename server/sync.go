@@ -6,7 +6,6 @@ import (
 	"math"
 	"slices"
 	"strings"
-	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
@@ -58,16 +57,51 @@ func (s *brokerServer) Sync(request *databroker.SyncRequest, stream grpc.ServerS
 				return err
 			}
 		}
-		for _, change := range event.Changes {
+		end := len(event.Changes) == 0 && event.Options == nil
+		if err := s.sendChanges(cursor, event.Changes, stream); err != nil {
+			return err
+		}
+		if end {
+			return nil // for a stream that does not wait
+		}
+	}
+}
+
+// holdBytes is how much a stream may hold for a client that has stopped reading, beside what is being sent.
+const holdBytes = 16 << 10
+
+func (s *Server) sendChanges(cursor *changefeed.Cursor, changes []*changefeed.Change, stream grpc.ServerStream) error {
+	size := 0
+	for _, change := range changes {
+		size += len(change.Message)
+	}
+	if len(changes) <= 1 || size <= holdBytes { // the usual case, spared the timer
+		for _, change := range changes {
 			if err := stream.SendMsg(encoded(change.Message)); err != nil {
 				return err
 			}
 		}
-		s.metrics.delivered.Add(float64(len(event.Changes)))
-		if len(event.Changes) == 0 && event.Options == nil {
-			return nil // the end, for a stream that does not wait
-		}
+		s.metrics.delivered.Add(float64(len(changes)))
+		return nil
 	}
+	rest := newOutbox(changes, maxSendTime, func() {})
+	defer rest.stop()
+	sent := int64(0)
+	for {
+		change, ok := rest.next()
+		if !ok {
+			break
+		}
+		if err := stream.SendMsg(encoded(change.Message)); err != nil {
+			return err
+		}
+		sent = change.Version
+		s.metrics.delivered.Inc()
+	}
+	if taken, dropped := rest.stop(); dropped {
+		cursor.Rewind(sent, taken)
+	}
+	return nil
 }
 
 // SyncLatest sends every live record in the order of types and ids, then options, and last the versions
@@ -79,16 +113,23 @@ func (s *brokerServer) SyncLatest(request *databroker.SyncLatestRequest, stream 
 		return err
 	}
 	snapshot := s.newSnapshot()
-	defer snapshot.close()
+	defer snapshot.end()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // whatever is still being read
 	state, typed, err := snapshot.state(ctx)
 	if err != nil {
 		return s.streamError(ctx, err)
 	}
-	for page, err := range snapshot.pages(ctx, request.Type) {
+	for from := (key{recordType: request.Type}); ; {
+		page, err := snapshot.page(ctx, request.Type, from)
 		if err != nil {
 			return s.streamError(ctx, err)
 		}
-		if err := s.sendPage(snapshot, page, stream); err != nil {
+		if len(page) == 0 {
+			break
+		}
+		snapshot.readAhead(ctx, request.Type, keyAfter(&page[len(page)-1]))
+		if from, err = s.sendPage(snapshot, page, stream); err != nil {
 			return err
 		}
 	}
@@ -108,18 +149,27 @@ func (s *brokerServer) SyncLatest(request *databroker.SyncLatestRequest, stream 
 	return stream.Send(&databroker.SyncLatestResponse{Response: &databroker.SyncLatestResponse_Versions{Versions: versions}})
 }
 
-func (s *Server) sendPage(snapshot *snapshot, page []db.RecordsPageRow, stream grpc.ServerStream) error {
-	stalled := time.AfterFunc(maxSendTime, snapshot.close)
-	defer stalled.Stop()
-	for i := range page {
-		row := &page[i]
+// sendPage sends records and returns the key from which to go on.
+func (s *Server) sendPage(snapshot *snapshot, page []db.RecordsPageRow, stream grpc.ServerStream) (from key, err error) {
+	rest := newOutbox(page, maxSendTime, snapshot.close)
+	defer rest.stop()
+	for {
+		row, ok := rest.next()
+		if !ok {
+			snapshot.pace(rest.stop())
+			return from, nil
+		}
 		message := encodeResponse(s.newWireRecord(row.Version, row.Type, row.ID, row.Payload, row.ModifiedAt, false))
 		if err := stream.SendMsg(message); err != nil {
-			return err
+			return from, err
 		}
+		from = keyAfter(&row)
 	}
-	return nil
 }
+
+// keyAfter returns the lowest key above that of a record: no text sorts between a text and the same followed by U+0001, the
+// lowest character there is.
+func keyAfter(row *db.RecordsPageRow) key { return key{row.Type, row.ID + "\x01"} }
 
 // optionsSender sends the options of a stream's types, and later those that have changed.
 type optionsSender struct {

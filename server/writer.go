@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"regexp"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -103,11 +104,18 @@ func (r *writeRequest) conditional() bool {
 }
 
 // blamesRequest tells an error that one request of a batch may have caused from one that would meet each
-// of them. After a lost connection nothing is repeated: the batch may have been committed.
+// of them. After a lost connection nothing is repeated: the batch may have been committed. After a timeout each request
+// would take as long again, one after the other; unless what has been waited for was the lock of a single row.
 func blamesRequest(err error) bool {
 	var pgErr *pgconn.PgError
-	return errors.As(err, &pgErr) && !db.IsUnavailable(err)
+	if !errors.As(err, &pgErr) || db.IsUnavailable(err) || pgErr.Code == sqlQueryCanceled {
+		return false
+	}
+	return pgErr.Code != sqlLockNotAvailable || rowPosition.MatchString(pgErr.Where)
 }
+
+// rowPosition finds the position of a row in what Postgres says of where an error has happened, in any language.
+var rowPosition = regexp.MustCompile(`\(\d+,\d+\)`)
 
 // wave is the rows of a batch that one statement writes: it cannot write a key twice.
 type wave struct {

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"testing"
 
 	"golang.org/x/sync/errgroup"
@@ -21,10 +20,7 @@ import (
 // looks for what it has acknowledged through another one.
 func TestI2_AcknowledgedWritesSurviveTheKillOfAReplica(t *testing.T) {
 	t.Parallel()
-	program := filepath.Join(t.TempDir(), "pgbroker")
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", program, ".").CombinedOutput(); err != nil {
-		t.Fatalf("build: %v\n%s", err, out)
-	}
+	program := buildProgram(t)
 	database := dbtest.New(t)
 	survivor := servertest.Start(t, database.ConnString, servertest.Options{})
 	address := freeAddress(t)

@@ -166,8 +166,13 @@ func newServer(cfg *configuration, database *db.DB, metrics prometheus.Registere
 		TombstoneRetention:   cfg.TombstoneRetention,
 		RingBytes:            int(cfg.FeedBytes),
 		PollInterval:         cfg.PollInterval,
-		Registerer:           metrics,
-		Logger:               log,
+		LockWarning:          cfg.LockWarning,
+		Limits: server.Limits{
+			Connections: cfg.MaxConnections, Streams: cfg.MaxStreams, StreamsPerConnection: cfg.MaxStreamsPerConnection,
+			Requests: cfg.MaxRequests, RequestBytes: int(cfg.MaxRequestBytes), ResponseSize: int(cfg.MaxResponseSize),
+		},
+		Registerer: metrics,
+		Logger:     log,
 	}
 	if tls != nil {
 		config.TLS = tls.TLSConfig()

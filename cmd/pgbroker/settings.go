@@ -42,6 +42,14 @@ type Config struct {
 	TombstoneRetention time.Duration
 	FeedBytes          byteSize
 	PollInterval       time.Duration
+	LockWarning        time.Duration
+
+	MaxConnections          int
+	MaxStreams              int
+	MaxStreamsPerConnection int
+	MaxRequests             int
+	MaxRequestBytes         byteSize
+	MaxResponseSize         byteSize
 
 	MetricsAddress string
 	LogLevel       string
@@ -272,6 +280,54 @@ var settings = []setting{
 		field: func(c *Config) any { return &c.PollInterval }, def: "2s",
 		check: func(c *Config) error { return checkPositive(c.PollInterval) },
 		help:  "How often the table is read for changes when no notification came; the upper bound on a lost wake-up.",
+	},
+
+	{
+		name: "lock_warning", use: useServe,
+		field: func(c *Config) any { return &c.LockWarning }, def: "2s",
+		check: func(c *Config) error { return checkPositive(c.LockWarning) },
+		help: "How long an open transaction of another session may keep writers waiting before it is logged and shown in the " +
+			"metrics. See docs/operations.md.",
+	},
+
+	{
+		group: "Limits against overload", name: "max_connections", use: useServe,
+		field: func(c *Config) any { return &c.MaxConnections }, def: "5000",
+		check: func(c *Config) error { return checkAtLeast(c.MaxConnections, 1) },
+		help: "Most connections of clients at the same time. Further ones are closed at once. The process must be allowed as " +
+			"many open files.",
+	},
+	{
+		name: "max_streams", use: useServe,
+		field: func(c *Config) any { return &c.MaxStreams }, def: "20000",
+		check: func(c *Config) error { return checkAtLeast(c.MaxStreams, 1) },
+		help: "Most streams (Sync, SyncLatest, Watch) that are open at the same time. One that is idle takes some 20 kB. Further " +
+			"ones fail as ResourceExhausted, as does everything that exceeds the limits below.",
+	},
+	{
+		name: "max_streams_per_connection", use: useServe,
+		field: func(c *Config) any { return &c.MaxStreamsPerConnection }, def: "1000",
+		check: func(c *Config) error { return checkAtLeast(c.MaxStreamsPerConnection, 1) },
+		help:  "Most streams of one connection.",
+	},
+	{
+		name: "max_requests", use: useServe,
+		field: func(c *Config) any { return &c.MaxRequests }, def: "5000",
+		check: func(c *Config) error { return checkAtLeast(c.MaxRequests, 1) },
+		help:  "Most requests that are under way at the same time, besides streams. While the database is slow they pile up.",
+	},
+	{
+		name: "max_request_bytes", use: useServe,
+		field: func(c *Config) any { return &c.MaxRequestBytes }, def: "256MiB",
+		check: func(c *Config) error { return checkSize(c.MaxRequestBytes, 1<<20, 1<<40) },
+		help:  "Largest size of all requests that are under way at the same time.",
+	},
+	{
+		name: "max_response_size", use: useServe,
+		field: func(c *Config) any { return &c.MaxResponseSize }, def: "64MiB",
+		check: func(c *Config) error { return checkSize(c.MaxResponseSize, 1<<20, 1<<40) },
+		help: "Largest answer to one Query or Patch. Pomerium's clients take no more than 4MiB; this is for others, and keeps a " +
+			"query without a limit from filling the memory.",
 	},
 
 	{

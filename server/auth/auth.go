@@ -151,6 +151,19 @@ func (a *Authenticator) signers(buf []*signer) []*signer {
 	return buf
 }
 
+// admitted marks the context of a request that Tap has let pass.
+type admitted struct{ by *Authenticator }
+
+// Tap is for a grpc.InTapHandle: it judges a request by its header alone, before anything else of it is read, so that
+// requests without a valid token cost next to nothing. [Authenticator.Unary] and [Authenticator.Stream] take its word, and
+// are needed all the same: a server without the tap, or a tap that leaves requests out, must not let anybody in.
+func (a *Authenticator) Tap(ctx context.Context, method string) (context.Context, error) {
+	if err := a.admit(ctx, method); err != nil {
+		return nil, err
+	}
+	return context.WithValue(ctx, admitted{a}, true), nil
+}
+
 // Unary is a [grpc.UnaryServerInterceptor] that lets a request pass to the handler only with a valid token. The services
 // for health checks (grpc.health.v1) and reflection need none.
 func (a *Authenticator) Unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
@@ -171,7 +184,7 @@ func (a *Authenticator) Stream(srv any, ss grpc.ServerStream, info *grpc.StreamS
 
 // admit returns nil if a request for method may reach its handler.
 func (a *Authenticator) admit(ctx context.Context, method string) error {
-	if public(method) || a != nil && a.disabled {
+	if Public(method) || a != nil && a.disabled || ctx.Value(admitted{a}) != nil {
 		return nil
 	}
 	var buf [4]*signer
@@ -206,9 +219,9 @@ func (a *Authenticator) reject(ctx context.Context, method string, v verdict, no
 	a.log.rejected(ctx, method, v, now, a.Fingerprints())
 }
 
-// public reports whether a method may be called without a token. The list is of whole service names, so that a service that
+// Public reports whether a method may be called without a token. The list is of whole service names, so that a service that
 // is added later is protected until somebody decides otherwise.
-func public(method string) bool {
+func Public(method string) bool {
 	service := strings.TrimPrefix(method, "/")
 	service = service[:max(0, strings.LastIndexByte(service, '/'))] // the last one, as grpc itself does
 	switch service {

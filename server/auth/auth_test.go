@@ -240,7 +240,7 @@ func TestPublic(t *testing.T) {
 		"/":                                                              false,
 		"":                                                               false,
 	} {
-		if got := public(method); got != want {
+		if got := Public(method); got != want {
 			t.Errorf("%q: got %v", method, got)
 		}
 	}

@@ -225,6 +225,7 @@ type Cursor struct {
 	// has seen what a failover then undid. The table tells which.
 	ahead   bool
 	options *Options
+	page    int // most changes to read from the table at once
 }
 
 // Open returns a cursor for the changes of a type, or of all types if it is "", after a version. It fails
@@ -233,7 +234,7 @@ type Cursor struct {
 func (f *Feed) Open(ctx context.Context, serverVersion, version int64, recordType string) (*Cursor, error) {
 	// First, so that what the tailer reads from now on is in the ring.
 	f.followers.add(recordType)
-	cursor := &Cursor{feed: f, recordType: recordType, serverVersion: serverVersion, version: version}
+	cursor := &Cursor{feed: f, recordType: recordType, serverVersion: serverVersion, version: version, page: maxNextChanges}
 	if err := cursor.open(ctx); err != nil {
 		cursor.Close()
 		return nil, err
@@ -380,6 +381,13 @@ func (c *Cursor) Next(ctx context.Context, wait bool) (Event, error) {
 	}
 }
 
+// Rewind takes back what Next has returned beyond a version: Next returns it again. The reader has taken some of the
+// changes, and was too slow for all; as few will be read for it from the table the next time.
+func (c *Cursor) Rewind(version int64, taken int) {
+	c.version = version
+	c.page = max(taken, 1)
+}
+
 // readRing returns the next changes from a ring that covers the cursor and reaches up to head.
 func (c *Cursor) readRing(r *ring, head int64) []*Change {
 	first, _ := slices.BinarySearchFunc(r.changes, c.version, func(change *Change, version int64) int {
@@ -410,7 +418,7 @@ func (c *Cursor) readTable(ctx context.Context) (changes []*Change, end bool, er
 		return nil, false, ctx.Err()
 	}
 	rows, err := c.feed.config.Queries.ChangesAfter(ctx, db.ChangesAfterParams{
-		Type: c.recordType, After: c.version, AllPayloads: true, PayloadTypes: []string{}, MaxRows: maxNextChanges, MaxBytes: maxNextBytes,
+		Type: c.recordType, After: c.version, AllPayloads: true, PayloadTypes: []string{}, MaxRows: int32(c.page), MaxBytes: maxNextBytes,
 	})
 	if err != nil {
 		return nil, false, fmt.Errorf("read changes: %w", err)
@@ -435,6 +443,7 @@ func (c *Cursor) readTable(ctx context.Context) (changes []*Change, end bool, er
 		changes[i] = c.feed.newChange(&rows[i])
 	}
 	c.version = changes[len(changes)-1].Version
+	c.page = min(2*c.page, maxNextChanges)
 	return changes, false, nil
 }
 

@@ -335,7 +335,7 @@ func TestBlockedWrites(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err := b.Put(testContext(t), &databroker.PutRequest{Records: []*databroker.Record{thing("b", "")}})
-	wantStatus(t, err, codes.Unavailable, "another transaction in the database blocks writes")
+	wantStatus(t, err, codes.Unavailable, "another transaction in the database blocks writes; the server's log says which")
 	get(t, b, thingType, "a") // readers do not wait
 	if err := tx.Rollback(t.Context()); err != nil {
 		t.Fatal(err)
