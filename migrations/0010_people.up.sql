@@ -13,7 +13,8 @@ CREATE FUNCTION pgbroker.parse_time(value text) RETURNS timestamptz
   -- this cannot run in a parallel worker.
   LANGUAGE plpgsql STABLE STRICT PARALLEL UNSAFE AS $$
 BEGIN
-  RETURN value::timestamptz;
+  -- One cannot compute with infinity.
+  RETURN CASE WHEN isfinite(value::timestamptz) THEN value::timestamptz END;
 EXCEPTION WHEN data_exception THEN
   RETURN NULL;
 END
@@ -643,14 +644,15 @@ COMMENT ON COLUMN pgbroker.session_details.modified_at IS 'Time of the latest wr
 
 CREATE VIEW pgbroker.live_leases WITH (security_barrier) AS
   -- Without the id: whoever knows that may release the lease.
-  SELECT l.name, l.acquired_at, l.expires_at, l.expires_at - clock_timestamp() AS remaining
+  SELECT l.name, l.acquired_at, l.expires_at,
+         CASE WHEN isfinite(l.expires_at) THEN l.expires_at - clock_timestamp() END AS remaining
   FROM pgbroker.leases l
   WHERE l.expires_at > clock_timestamp();
 COMMENT ON VIEW pgbroker.live_leases IS 'Jobs that somebody does at the moment.';
 COMMENT ON COLUMN pgbroker.live_leases.name IS 'The job.';
 COMMENT ON COLUMN pgbroker.live_leases.acquired_at IS 'When the present holder took it.';
 COMMENT ON COLUMN pgbroker.live_leases.expires_at IS 'When it ends unless renewed.';
-COMMENT ON COLUMN pgbroker.live_leases.remaining IS 'How long that is from now.';
+COMMENT ON COLUMN pgbroker.live_leases.remaining IS 'How long that is from now; NULL for ever.';
 
 CREATE VIEW pgbroker.live_services AS
   SELECT
@@ -659,7 +661,7 @@ CREATE VIEW pgbroker.live_services AS
     s.endpoint,
     s.reported_at,
     s.expires_at,
-    s.expires_at - clock_timestamp() AS remaining
+    CASE WHEN isfinite(s.expires_at) THEN s.expires_at - clock_timestamp() END AS remaining
   FROM pgbroker.services s
   WHERE s.expires_at > clock_timestamp();
 COMMENT ON VIEW pgbroker.live_services IS 'Services that have reported themselves and not gone silent.';
@@ -667,18 +669,27 @@ COMMENT ON COLUMN pgbroker.live_services.kind IS 'What it does.';
 COMMENT ON COLUMN pgbroker.live_services.endpoint IS 'URL of the service.';
 COMMENT ON COLUMN pgbroker.live_services.reported_at IS 'When it was last reported.';
 COMMENT ON COLUMN pgbroker.live_services.expires_at IS 'When it leaves the list unless reported again.';
-COMMENT ON COLUMN pgbroker.live_services.remaining IS 'How long that is from now.';
+COMMENT ON COLUMN pgbroker.live_services.remaining IS 'How long that is from now; NULL for ever.';
 
 CREATE VIEW pgbroker.change_log AS
-  SELECT c.version, c.changed_at, CASE WHEN c.deleted THEN 'delete' ELSE 'put' END AS change, c.type, c.id
+  SELECT
+    c.version,
+    c.changed_at,
+    CASE WHEN c.deleted THEN 'delete' ELSE 'put' END         AS change,
+    regexp_replace(c.type, '^type[.]googleapis[.]com/', '') AS what,
+    c.id,
+    c.deleted,
+    c.type
   FROM pgbroker.changes c;
 COMMENT ON VIEW pgbroker.change_log IS
   'The latest change of each live record, and the deletions of the last days, in the order in which they became visible.';
 COMMENT ON COLUMN pgbroker.change_log.version IS 'Position in the one global order of changes.';
 COMMENT ON COLUMN pgbroker.change_log.changed_at IS 'When, by the database''s clock.';
 COMMENT ON COLUMN pgbroker.change_log.change IS 'put or delete.';
-COMMENT ON COLUMN pgbroker.change_log.type IS 'Type of the changed record.';
+COMMENT ON COLUMN pgbroker.change_log.what IS 'Type of the changed record, short.';
 COMMENT ON COLUMN pgbroker.change_log.id IS 'Id of the changed record.';
+COMMENT ON COLUMN pgbroker.change_log.deleted IS 'Whether this is a tombstone.';
+COMMENT ON COLUMN pgbroker.change_log.type IS 'Type of the changed record in full.';
 
 -- ---------------------------------------------------------------------------------------------
 -- Revoking
