@@ -333,7 +333,7 @@ func (q *Queries) TypesToReindex(ctx context.Context) ([]TypesToReindexRow, erro
 }
 
 const typesWithIdleTimeout = `-- name: TypesWithIdleTimeout :many
-SELECT type, idle_timeout::interval AS idle_timeout FROM pgbroker.record_types
+SELECT type, make_interval(secs => extract(epoch FROM idle_timeout))::interval AS idle_timeout FROM pgbroker.record_types
 WHERE idle_timeout IS NOT NULL AND record_count > 0 ORDER BY type
 `
 
@@ -344,7 +344,7 @@ type TypesWithIdleTimeoutRow struct {
 
 // TypesWithIdleTimeout
 //
-//	SELECT type, idle_timeout::interval AS idle_timeout FROM pgbroker.record_types
+//	SELECT type, make_interval(secs => extract(epoch FROM idle_timeout))::interval AS idle_timeout FROM pgbroker.record_types
 //	WHERE idle_timeout IS NOT NULL AND record_count > 0 ORDER BY type
 func (q *Queries) TypesWithIdleTimeout(ctx context.Context) ([]TypesWithIdleTimeoutRow, error) {
 	rows, err := q.db.Query(ctx, typesWithIdleTimeout)

@@ -83,7 +83,9 @@ COMMENT ON FUNCTION pgbroker.set_expiry(text, text) IS
 CREATE FUNCTION pgbroker.set_idle_timeout(record_type text, timeout interval) RETURNS void
   LANGUAGE sql
   BEGIN ATOMIC
-    INSERT INTO pgbroker.record_types AS t (type, idle_timeout) VALUES (pgbroker.type_named(record_type), timeout)
+    -- In seconds: a month is 30 days here.
+    INSERT INTO pgbroker.record_types AS t (type, idle_timeout)
+      VALUES (pgbroker.type_named(record_type), make_interval(secs => extract(epoch FROM timeout)))
       ON CONFLICT (type) DO UPDATE SET idle_timeout = excluded.idle_timeout;
   END;
 COMMENT ON FUNCTION pgbroker.set_idle_timeout(text, interval) IS

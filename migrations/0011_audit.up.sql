@@ -84,7 +84,8 @@ BEGIN
       END,
       o.type, o.id, o.data ->> 'user_id'
     FROM old_rows o
-    WHERE o.type = ANY (audited);
+    WHERE o.type = ANY (audited)
+    ORDER BY o.type, o.id;
   RETURN NULL;
 END
 $$;

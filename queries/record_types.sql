@@ -34,7 +34,7 @@ SET indexed_fields = ARRAY(SELECT DISTINCT f FROM unnest(indexed_fields || @fiel
 WHERE type = @type;
 
 -- name: TypesWithIdleTimeout :many
-SELECT type, idle_timeout::interval AS idle_timeout FROM pgbroker.record_types
+SELECT type, make_interval(secs => extract(epoch FROM idle_timeout))::interval AS idle_timeout FROM pgbroker.record_types
 WHERE idle_timeout IS NOT NULL AND record_count > 0 ORDER BY type;
 
 -- name: TypesWithUserLimit :many
