@@ -2,7 +2,8 @@
 --
 -- A view names no payload and nothing secret. Its columns come from the projection, and what is malformed
 -- there is NULL in its row and breaks nothing else. All but sessions are security barriers: a function that
--- a reader brings along gets to see no row of another type.
+-- a reader brings along gets to see no row of another type. The time is that of the statement: a function
+-- that may change its mind from row to row would keep PostgreSQL from leaving out columns that nobody asks for.
 
 -- ---------------------------------------------------------------------------------------------
 -- Time in payloads
@@ -227,7 +228,7 @@ CREATE OR REPLACE VIEW pgbroker.sessions AS
     pgbroker.parse_time(s.data ->> 'issued_at')         AS issued_at,
     pgbroker.parse_time(s.data ->> 'accessed_at')       AS accessed_at,
     s.expires_at,
-    coalesce(s.expires_at <= clock_timestamp(), false)  AS expired,
+    coalesce(s.expires_at <= statement_timestamp(), false)  AS expired,
     pgbroker.parse_time(s.data -> 'oauth_token' ->> 'expires_at') AS oauth_token_expires_at,
     coalesce((s.data -> 'refresh_disabled') = 'true', false) AS refresh_disabled,
     s.data ->> 'impersonate_session_id'                 AS impersonate_session_id,
@@ -237,7 +238,7 @@ CREATE OR REPLACE VIEW pgbroker.sessions AS
     s.version,
     s.modified_at,
     -- Never used means idle since it was issued.
-    clock_timestamp() - coalesce(pgbroker.parse_time(s.data ->> 'accessed_at'),
+    statement_timestamp() - coalesce(pgbroker.parse_time(s.data ->> 'accessed_at'),
                                  pgbroker.parse_time(s.data ->> 'issued_at'), s.modified_at) AS idle_for
   FROM pgbroker.session_data s;
 COMMENT ON COLUMN pgbroker.sessions.idle_for IS 'How long ago it was last used.';
@@ -252,7 +253,7 @@ CREATE OR REPLACE VIEW pgbroker.service_accounts WITH (security_barrier) AS
     pgbroker.parse_time(r.data ->> 'issued_at')       AS issued_at,
     pgbroker.parse_time(r.data ->> 'accessed_at')     AS accessed_at,
     pgbroker.parse_time(r.data ->> 'expires_at')      AS expires_at,
-    coalesce(pgbroker.parse_time(r.data ->> 'expires_at') <= clock_timestamp(), false) AS expired,
+    coalesce(pgbroker.parse_time(r.data ->> 'expires_at') <= statement_timestamp(), false) AS expired,
     r.version,
     r.modified_at
   FROM pgbroker.records r
@@ -274,7 +275,7 @@ CREATE VIEW pgbroker.session_bindings WITH (security_barrier) AS
     r.data ->> 'user_id'                                     AS user_id,
     pgbroker.parse_time(r.data ->> 'issued_at')              AS issued_at,
     pgbroker.parse_time(r.data ->> 'expires_at')             AS expires_at,
-    coalesce(pgbroker.parse_time(r.data ->> 'expires_at') <= clock_timestamp(), false) AS expired,
+    coalesce(pgbroker.parse_time(r.data ->> 'expires_at') <= statement_timestamp(), false) AS expired,
     r.data -> 'details'                                      AS details,
     r.version,
     r.modified_at
@@ -301,7 +302,7 @@ CREATE VIEW pgbroker.session_binding_requests WITH (security_barrier) AS
     coalesce(r.data ->> 'state', 'InFlight')                 AS state,
     pgbroker.parse_time(r.data ->> 'created_at')             AS created_at,
     pgbroker.parse_time(r.data ->> 'expires_at')             AS expires_at,
-    coalesce(pgbroker.parse_time(r.data ->> 'expires_at') <= clock_timestamp(), false) AS expired,
+    coalesce(pgbroker.parse_time(r.data ->> 'expires_at') <= statement_timestamp(), false) AS expired,
     r.data -> 'details'                                      AS details,
     r.version,
     r.modified_at
@@ -462,7 +463,7 @@ CREATE VIEW pgbroker.mcp_refresh_tokens WITH (security_barrier) AS
     r.data ->> 'idp_id'                                      AS idp_id,
     pgbroker.parse_time(r.data ->> 'issued_at')              AS issued_at,
     pgbroker.parse_time(r.data ->> 'expires_at')             AS expires_at,
-    coalesce(pgbroker.parse_time(r.data ->> 'expires_at') <= clock_timestamp(), false) AS expired,
+    coalesce(pgbroker.parse_time(r.data ->> 'expires_at') <= statement_timestamp(), false) AS expired,
     coalesce((r.data -> 'revoked') = 'true', false)          AS revoked,
     r.data -> 'scopes'                                       AS scopes,
     r.version,
@@ -490,7 +491,7 @@ CREATE VIEW pgbroker.upstream_mcp_tokens WITH (security_barrier) AS
     r.data ->> 'upstream_server'                             AS upstream_server,
     pgbroker.parse_time(r.data ->> 'issued_at')              AS issued_at,
     pgbroker.parse_time(r.data ->> 'expires_at')             AS expires_at,
-    coalesce(pgbroker.parse_time(r.data ->> 'expires_at') <= clock_timestamp(), false) AS expired,
+    coalesce(pgbroker.parse_time(r.data ->> 'expires_at') <= statement_timestamp(), false) AS expired,
     pgbroker.parse_time(r.data ->> 'refresh_expires_at')     AS refresh_expires_at,
     r.data ->> 'client_id'                                   AS client_id,
     r.data ->> 'authorization_server_issuer'                 AS authorization_server_issuer,
@@ -523,7 +524,7 @@ CREATE VIEW pgbroker.pending_upstream_auths WITH (security_barrier) AS
     r.data ->> 'downstream_host'                             AS downstream_host,
     pgbroker.parse_time(r.data ->> 'created_at')             AS created_at,
     pgbroker.parse_time(r.data ->> 'expires_at')             AS expires_at,
-    coalesce(pgbroker.parse_time(r.data ->> 'expires_at') <= clock_timestamp(), false) AS expired,
+    coalesce(pgbroker.parse_time(r.data ->> 'expires_at') <= statement_timestamp(), false) AS expired,
     r.version,
     r.modified_at
   FROM pgbroker.records r
@@ -647,9 +648,9 @@ COMMENT ON COLUMN pgbroker.session_details.modified_at IS 'Time of the latest wr
 CREATE VIEW pgbroker.live_leases WITH (security_barrier) AS
   -- Without the id: whoever knows that may release the lease.
   SELECT l.name, l.acquired_at, l.expires_at,
-         CASE WHEN isfinite(l.expires_at) THEN l.expires_at - clock_timestamp() END AS remaining
+         CASE WHEN isfinite(l.expires_at) THEN l.expires_at - statement_timestamp() END AS remaining
   FROM pgbroker.leases l
-  WHERE l.expires_at > clock_timestamp();
+  WHERE l.expires_at > statement_timestamp();
 COMMENT ON VIEW pgbroker.live_leases IS 'Jobs that somebody does at the moment.';
 COMMENT ON COLUMN pgbroker.live_leases.name IS 'The job.';
 COMMENT ON COLUMN pgbroker.live_leases.acquired_at IS 'When the present holder took it.';
@@ -663,9 +664,9 @@ CREATE VIEW pgbroker.live_services AS
     s.endpoint,
     s.reported_at,
     s.expires_at,
-    CASE WHEN isfinite(s.expires_at) THEN s.expires_at - clock_timestamp() END AS remaining
+    CASE WHEN isfinite(s.expires_at) THEN s.expires_at - statement_timestamp() END AS remaining
   FROM pgbroker.services s
-  WHERE s.expires_at > clock_timestamp();
+  WHERE s.expires_at > statement_timestamp();
 COMMENT ON VIEW pgbroker.live_services IS 'Services that have reported themselves and not gone silent.';
 COMMENT ON COLUMN pgbroker.live_services.kind IS 'What it does.';
 COMMENT ON COLUMN pgbroker.live_services.endpoint IS 'URL of the service.';
@@ -678,7 +679,7 @@ CREATE VIEW pgbroker.change_log AS
     c.version,
     c.changed_at,
     CASE WHEN c.deleted THEN 'delete' ELSE 'put' END         AS change,
-    regexp_replace(c.type, '^type[.]googleapis[.]com/', '') AS what,
+    CASE WHEN starts_with(c.type, 'type.googleapis.com/') THEN substr(c.type, 21) ELSE c.type END AS what,
     c.id,
     c.deleted,
     c.type

@@ -112,7 +112,7 @@ CREATE VIEW pgbroker.revocations AS
   SELECT
     a.at,
     a.cause,
-    regexp_replace(a.type, '^type[.]googleapis[.]com/', '') AS what,
+    CASE WHEN starts_with(a.type, 'type.googleapis.com/') THEN substr(a.type, 21) ELSE a.type END AS what,
     a.id,
     a.user_id,
     coalesce(a.acting_role, a.role) AS by_role,
@@ -136,7 +136,7 @@ COMMENT ON COLUMN pgbroker.revocations.number IS 'Order of the entries.';
 
 CREATE VIEW pgbroker.type_summary AS
   SELECT
-    regexp_replace(t.type, '^type[.]googleapis[.]com/', '') AS name,
+    CASE WHEN starts_with(t.type, 'type.googleapis.com/') THEN substr(t.type, 21) ELSE t.type END AS name,
     t.record_count AS records,
     (SELECT c.changed_at FROM pgbroker.changes c
      WHERE c.type = t.type AND NOT c.deleted ORDER BY c.version DESC LIMIT 1) AS written_at,

@@ -369,6 +369,64 @@ func checkLookUp(t *testing.T, d *dbtest.Database, r recipe, setting string) {
 	}
 }
 
+// TestCookbookAtScale runs every statement of docs/sql.md that has a plan on many sessions, when asked to:
+//
+//	PGBROKER_COOKBOOK_SESSIONS=1000000 go test ./server/people -run TestCookbookAtScale -v
+//
+// It shows plans and times; it fails where a look-up reads everything, and where something takes a minute.
+func TestCookbookAtScale(t *testing.T) {
+	count, err := strconv.Atoi(os.Getenv(sessionsEnv))
+	if err != nil {
+		t.Skipf("to run it, set %s to a number such as 1000000", sessionsEnv)
+	}
+	d := dbtest.New(t)
+	const batch = 50_000
+	for from := 0; from < count; from += batch {
+		// Payloads of the size of real ones, on tables that autovacuum has seen.
+		d.Exec(t, `INSERT INTO pgbroker.records (type, id, data, payload, search_text)
+			SELECT $1, 'session-' || i, jsonb_build_object(
+				'id', 'session-' || i, 'user_id', 'user-' || i / 3, 'idp_id', 'idp-' || i % 4,
+				'issued_at', now() - make_interval(mins => i % 20000), 'accessed_at', now() - make_interval(mins => i % 10000),
+				'expires_at', now() + make_interval(mins => 1 + i % 20000),
+				'claims', jsonb_build_object('email', jsonb_build_array('user-' || i / 3 || '@example.com'), 'name', jsonb_build_array('User ' || i / 3),
+				                             'groups', jsonb_build_array('a', 'b', 'c'), 'picture', jsonb_build_array(repeat('x', 100)))),
+				repeat('payload', 200)::bytea, 'user-' || i / 3 || '@example.com'
+			FROM generate_series($2::integer, $3::integer) AS i`, sessionType, from, min(from+batch, count)-1)
+	}
+	d.Exec(t, `INSERT INTO pgbroker.records (type, id, data)
+		SELECT $1, 'user-' || i, jsonb_build_object('id', 'user-' || i, 'name', 'User ' || i, 'email', 'user-' || i || '@example.com')
+		FROM generate_series(0, $2::integer) AS i`, userType, count/30)
+	d.Exec(t, `INSERT INTO pgbroker.records (type, id, data)
+		SELECT 'pomerium.io/DirectoryUser', 'user-' || i, jsonb_build_object('id', 'user-' || i, 'email', 'user-' || i || '@example.com',
+			'group_ids', jsonb_build_array('g' || i % 500, 'g' || i % 7))
+		FROM generate_series(0, $1::integer) AS i`, count/20)
+	d.Exec(t, `INSERT INTO pgbroker.records (type, id, data)
+		SELECT 'pomerium.io/DirectoryGroup', 'g' || i, jsonb_build_object('name', 'Group ' || i) FROM generate_series(0, 499) AS i`)
+	d.Exec(t, `INSERT INTO pgbroker.records (type, id, data)
+		SELECT 'type.googleapis.com/pomerium.device.Enrollment', 'e' || i, jsonb_build_object('user_id', 'user-' || i, 'enrolled_at', now() - make_interval(days => i % 400))
+		FROM generate_series(0, $1::integer) AS i`, count/100)
+	d.Exec(t, `DELETE FROM pgbroker.records WHERE type = $1 AND id LIKE 'session-%9999'`, sessionType)
+	d.Exec(t, `VACUUM ANALYZE`)
+
+	// What the cookbook names is something of the kind here.
+	here := strings.NewReplacer("session-ada-1", "session-1", "session-cem-1", "session-7", "session-eve-1", "session-9999",
+		"'ada'", "'user-1'", "'bob'", "'user-2'", "'dana'", "'user-3'", "Engineering", "Group 3", "Finance", "Group 400", "okta", "idp-1")
+	recipes, _ := cookbook(t)
+	for _, recipe := range recipes {
+		recipe.sql = here.Replace(recipe.sql)
+		if recipe.is("look-up") {
+			checkLookUp(t, d, recipe, "SET LOCAL statement_timeout = 0")
+		}
+		for _, statement := range recipe.statements() {
+			if strings.Contains(statement, "USING unused") { // a table of the statement before
+				statement = "SELECT id, version FROM pgbroker.sessions WHERE idle_for > interval '6.9 days'"
+			}
+			plan := explain(t, d, "SET LOCAL statement_timeout = '60s'", "EXPLAIN (ANALYZE, BUFFERS) "+statement)
+			t.Logf("%s\n%s\n%s", recipe.title, statement, plan)
+		}
+	}
+}
+
 // explain runs EXPLAIN in a transaction that leaves nothing.
 func explain(t *testing.T, d *dbtest.Database, setting, sql string) string {
 	t.Helper()
