@@ -371,9 +371,9 @@ func checkLookUp(t *testing.T, d *dbtest.Database, r recipe, setting string) {
 
 // TestCookbookAtScale runs every statement of docs/sql.md that has a plan on many sessions, when asked to:
 //
-//	PGBROKER_COOKBOOK_SESSIONS=1000000 go test ./server/people -run TestCookbookAtScale -v
+//	PGBROKER_COOKBOOK_SESSIONS=1000000 go test ./server/people -run TestCookbookAtScale -v -timeout 1h
 //
-// It shows plans and times; it fails where a look-up reads everything, and where something takes a minute.
+// It shows plans and times, and fails where a look-up reads everything.
 func TestCookbookAtScale(t *testing.T) {
 	count, err := strconv.Atoi(os.Getenv(sessionsEnv))
 	if err != nil {
@@ -421,7 +421,7 @@ func TestCookbookAtScale(t *testing.T) {
 			if strings.Contains(statement, "USING unused") { // a table of the statement before
 				statement = "SELECT id, version FROM pgbroker.sessions WHERE idle_for > interval '6.9 days'"
 			}
-			plan := explain(t, d, "SET LOCAL statement_timeout = '60s'", "EXPLAIN (ANALYZE, BUFFERS) "+statement)
+			plan := explain(t, d, "SET LOCAL statement_timeout = 0", "EXPLAIN (ANALYZE, BUFFERS) "+statement)
 			t.Logf("%s\n%s\n%s", recipe.title, statement, plan)
 		}
 	}
