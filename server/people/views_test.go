@@ -215,3 +215,22 @@ func TestSessionsByUserStayHOT(t *testing.T) {
 		}
 	}
 }
+
+// TestSessionsByUserUseTheirIndex: reading and revoking by user looks at the user's sessions only.
+func TestSessionsByUserUseTheirIndex(t *testing.T) {
+	t.Parallel()
+	d := dbtest.New(t)
+	d.Exec(t, `INSERT INTO pgbroker.records (type, id, data)
+		SELECT $1, 's' || i, jsonb_build_object('user_id', 'u' || i / 3) FROM generate_series(1, 3000) AS i`, sessionType)
+	d.Exec(t, `ANALYZE pgbroker.records`)
+	for _, statement := range []string{
+		`SELECT * FROM pgbroker.sessions WHERE user_id = 'u7'`,
+		`SELECT * FROM pgbroker.session_details WHERE user_id = 'u7'`,
+		`DELETE FROM pgbroker.sessions WHERE user_id = 'u7'`,
+	} {
+		plan := explain(t, d, "SET LOCAL jit = off", "EXPLAIN "+statement)
+		if !strings.Contains(plan, `Index Cond: ("left"((index_fields ->> 'user_id'::text), 600) = 'u7'::text)`) {
+			t.Errorf("%s\nis planned as\n%s", statement, plan)
+		}
+	}
+}
