@@ -45,6 +45,7 @@ const (
 	DefaultShutdownTimeout     = 25 * time.Second
 	DefaultMaxMessageSize      = 4 << 20
 	DefaultTombstoneRetention  = 7 * 24 * time.Hour
+	DefaultAuditRetention      = 90 * 24 * time.Hour
 	DefaultMaintenanceInterval = 10 * time.Second
 	DefaultLockWarning         = 2 * time.Second
 )
@@ -72,6 +73,8 @@ type Config struct {
 	MaxMessageSize int
 	// TombstoneRetention is how long a client may be away and still resume its streams. 0 means 7 days.
 	TombstoneRetention time.Duration
+	// AuditRetention is how long the audit of deletions is kept. 0 means 90 days.
+	AuditRetention time.Duration
 	// RingBytes bounds the recent changes kept in memory; 0 means 64 MiB.
 	RingBytes int
 	// MaintenanceInterval is how often what is due is looked for, which bounds how long a record outlives
@@ -117,6 +120,7 @@ func New(config Config) (*Server, error) {
 	config.ShutdownTimeout = cmp.Or(config.ShutdownTimeout, DefaultShutdownTimeout)
 	config.MaxMessageSize = cmp.Or(config.MaxMessageSize, DefaultMaxMessageSize)
 	config.TombstoneRetention = cmp.Or(config.TombstoneRetention, DefaultTombstoneRetention)
+	config.AuditRetention = cmp.Or(config.AuditRetention, DefaultAuditRetention)
 	config.MaintenanceInterval = cmp.Or(config.MaintenanceInterval, DefaultMaintenanceInterval)
 	config.LockWarning = cmp.Or(config.LockWarning, DefaultLockWarning)
 	config.Logger = cmp.Or(config.Logger, slog.Default())
@@ -240,7 +244,7 @@ func (s *Server) Run(ctx context.Context, listener net.Listener) error {
 	// What requests depend on stops after them.
 	background, stopBackground := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopBackground()
-	periodic := &maintenance{db: s.db, queries: s.queries, logger: s.logger, metrics: s.metrics, interval: s.config.MaintenanceInterval, retention: s.config.TombstoneRetention}
+	periodic := s.newMaintenance()
 	var group errgroup.Group
 	group.Go(func() error { return s.feed.Run(background) })
 	group.Go(func() error { s.services.run(background); return nil })

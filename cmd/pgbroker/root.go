@@ -169,7 +169,7 @@ Exit codes:
 		}
 	}
 	add("server", a.serveCommand(), a.migrateCommand(), a.psqlCommand())
-	add("client", a.recordCommand(), a.typesCommand(), a.optionsCommand(), a.watchCommand(), a.leaseCommand(),
+	add("client", a.sessionsCommand(), a.recordCommand(), a.typesCommand(), a.optionsCommand(), a.watchCommand(), a.leaseCommand(),
 		a.serviceCommand(), a.checkpointCommand(), a.infoCommand(), a.healthCommand())
 	add("tools", a.benchCommand(), a.configCommand(), a.secretCommand(), a.versionCommand())
 	root.SetHelpCommandGroupID("tools")

@@ -164,6 +164,7 @@ func newServer(cfg *configuration, database *db.DB, metrics prometheus.Registere
 		ShutdownTimeout:      cfg.ShutdownTimeout,
 		MaxMessageSize:       int(cfg.MaxMessageSize),
 		TombstoneRetention:   cfg.TombstoneRetention,
+		AuditRetention:       cfg.AuditRetention,
 		RingBytes:            int(cfg.FeedBytes),
 		PollInterval:         cfg.PollInterval,
 		LockWarning:          cfg.LockWarning,
