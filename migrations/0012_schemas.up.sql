@@ -19,6 +19,7 @@ CREATE TABLE pgbroker.messages (
   form    text NOT NULL CHECK (form IN
             ('object', 'any', 'timestamp', 'duration', 'field_mask', 'struct', 'value', 'list', 'wrapper')),
   schema  text COLLATE "C" REFERENCES pgbroker.schemas ON DELETE CASCADE
+            DEFERRABLE INITIALLY DEFERRED
 );
 COMMENT ON TABLE  pgbroker.messages IS
   'Every known message type. Made from descriptors, by a migration for those of the product and by `pgbroker schema` for others.';
@@ -59,7 +60,8 @@ CREATE TABLE pgbroker.enum_values (
   position integer NOT NULL,
   name     text    COLLATE "C" NOT NULL,
   number   integer NOT NULL,
-  schema   text    COLLATE "C" REFERENCES pgbroker.schemas ON DELETE CASCADE,
+  schema   text    COLLATE "C" REFERENCES pgbroker.schemas ON DELETE CASCADE
+            DEFERRABLE INITIALLY DEFERRED,
   PRIMARY KEY (enum, position)
 );
 COMMENT ON TABLE  pgbroker.enum_values IS 'The values of every known enum.';

@@ -146,15 +146,17 @@ func (a *adding) file(file *descriptorpb.FileDescriptorProto) error {
 	}
 	a.begun[path] = true
 	for _, dependency := range file.GetDependency() {
-		if next := a.pending[dependency]; next != nil {
+		next := a.pending[dependency]
+		if next != nil {
 			if err := a.file(next); err != nil {
 				return err
 			}
 		}
-		if _, err := a.FindFileByPath(dependency); err != nil {
-			if a.begun[dependency] {
-				return fmt.Errorf("%s and %s import each other", path, dependency)
-			}
+		_, err := a.FindFileByPath(dependency)
+		switch _, known := protoregistry.GlobalFiles.FindFileByPath(dependency); {
+		case next != nil && err != nil && known != nil:
+			return fmt.Errorf("%s and %s import each other", path, dependency)
+		case next == nil && known != nil: // though another set may have it: sets come and go
 			return fmt.Errorf("%s imports %s, which is neither in the set nor part of pgbroker: "+
 				"make the set with its imports (protoc --include_imports)", path, dependency)
 		}
