@@ -600,6 +600,26 @@ func (q *Queries) SchemaVersion(ctx context.Context) (int64, error) {
 	return version, err
 }
 
+const schemaView = `-- name: SchemaView :one
+SELECT pgbroker.view_definition($1::text, nullif($2::text, ''), nullif($3::text, ''))::text AS definition
+`
+
+type SchemaViewParams struct {
+	RecordType string
+	Message    string
+	ViewName   string
+}
+
+// The statements that make a view of the records of a type. Empty text stands for the default.
+//
+//	SELECT pgbroker.view_definition($1::text, nullif($2::text, ''), nullif($3::text, ''))::text AS definition
+func (q *Queries) SchemaView(ctx context.Context, arg SchemaViewParams) (string, error) {
+	row := q.db.QueryRow(ctx, schemaView, arg.RecordType, arg.Message, arg.ViewName)
+	var definition string
+	err := row.Scan(&definition)
+	return definition, err
+}
+
 const schemasList = `-- name: SchemasList :many
 SELECT name, descriptor_set, added_at, modified_at FROM pgbroker.schemas ORDER BY name
 `

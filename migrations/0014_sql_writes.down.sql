@@ -1,3 +1,10 @@
+DROP FUNCTION pgbroker.view_definition(text, text, text);
+DROP FUNCTION pgbroker.view_column(text, text, text, boolean);
+DROP FUNCTION pgbroker.replace_records(text, bigint, boolean);
+DROP FUNCTION pgbroker.write_differences(text, text[]);
+DROP FUNCTION pgbroker.compare_staged(text, text[]);
+DROP FUNCTION pgbroker.stage_records(jsonb);
+DROP FUNCTION pgbroker.stage_records();
 DROP TRIGGER records_unstamp ON pgbroker.records;
 DROP TRIGGER records_encode_update ON pgbroker.records;
 DROP TRIGGER records_encode_insert ON pgbroker.records;
@@ -29,6 +36,7 @@ DROP FUNCTION pgbroker.encode_value(jsonb);
 DROP FUNCTION pgbroker.wire_type(text);
 DROP FUNCTION pgbroker.encode_scalar(text, text, jsonb, text);
 DROP FUNCTION pgbroker.json_integer(jsonb, text, text, numeric, numeric);
+DROP FUNCTION pgbroker.wire_text(bytea);
 DROP FUNCTION pgbroker.wire_fields(bytea, text);
 DROP FUNCTION pgbroker.wire_bytes(integer, bytea);
 DROP FUNCTION pgbroker.wire_reverse(bytea);

@@ -131,6 +131,15 @@ $$;
 COMMENT ON FUNCTION pgbroker.wire_fields(bytea, text) IS
   'The occurrences of fields in a message, in their order: each with its bytes, and the content of text, messages and groups.';
 
+CREATE FUNCTION pgbroker.wire_text(content bytea) RETURNS text
+  LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+  RETURN convert_from(
+    CASE WHEN position('\x00'::bytea IN content) = 0 THEN content
+      ELSE coalesce((SELECT string_agg(substr(content, i, 1), '' ORDER BY i) FILTER (WHERE get_byte(content, i - 1) <> 0)
+                     FROM generate_series(1, octet_length(content)) AS i), '') END,
+    'UTF8');
+COMMENT ON FUNCTION pgbroker.wire_text(bytea) IS 'Text as projections have it: without U+0000, which text in Postgres cannot hold.';
+
 -- ---------------------------------------------------------------------------------------------
 -- JSON to messages
 -- ---------------------------------------------------------------------------------------------
@@ -590,7 +599,7 @@ BEGIN
   SELECT * INTO key FROM pgbroker.wire_fields(entry, 'data') WITH ORDINALITY AS f
     WHERE f.number = 1 AND f.wire = pgbroker.wire_type(kind) ORDER BY f.ordinality DESC LIMIT 1;
   IF kind = 'string' THEN
-    RETURN coalesce(convert_from(key.content, 'UTF8'), '');
+    RETURN coalesce(pgbroker.wire_text(key.content), '');
   END IF;
   IF FOUND THEN
     bits := substr(key.raw, 2);
@@ -927,7 +936,7 @@ DECLARE
   one       record;
 BEGIN
   IF old_payload IS NOT NULL THEN
-    SELECT coalesce(convert_from(string_agg(f.content, NULL) FILTER (WHERE f.number = 1 AND f.last), 'UTF8'), ''),
+    SELECT coalesce(pgbroker.wire_text(string_agg(f.content, NULL) FILTER (WHERE f.number = 1 AND f.last)), ''),
            coalesce(string_agg(f.content, NULL) FILTER (WHERE f.number = 2 AND f.last), '')
       INTO old_url, old_value
       FROM (SELECT *, row_number() OVER (PARTITION BY w.number ORDER BY w.ordinality DESC) = 1 AS last
@@ -1056,3 +1065,247 @@ $$;
 COMMENT ON FUNCTION pgbroker.project_records(text[], text[], bigint[], text[], text[], text[]) IS
   'Sets the projections of records, given as parallel arrays, that still have the given versions, and returns how many. '
   'The records count as unchanged. Empty text stands for NULL.';
+
+-- ---------------------------------------------------------------------------------------------
+-- All records of a type at once
+-- ---------------------------------------------------------------------------------------------
+
+CREATE FUNCTION pgbroker.stage_records() RETURNS void
+  LANGUAGE plpgsql AS $$
+BEGIN
+  IF to_regclass('pg_temp.staged_records') IS NULL THEN
+    CREATE TEMP TABLE staged_records (
+      id          text COLLATE "C" PRIMARY KEY,
+      data        jsonb NOT NULL,
+      -- What data become. Whoever has encoded and projected them already says so here.
+      payload     bytea,
+      search_text text,
+      index_cidr  inet
+    );
+    CREATE TEMP TABLE staged_differences (
+      id          text COLLATE "C" PRIMARY KEY,
+      version     bigint, -- of the stored record; NULL if there is none
+      payload     bytea,
+      data        jsonb, -- NULL if the record is to go
+      search_text text,
+      index_cidr  inet
+    );
+    CREATE TEMP TABLE staged_progress (type text COLLATE "C", server_version bigint, record_version bigint);
+  ELSE
+    TRUNCATE pg_temp.staged_records, pg_temp.staged_differences, pg_temp.staged_progress;
+  END IF;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.stage_records() IS
+  'Makes the temporary table staged_records (id, data), or empties it: fill it, with COPY or INSERT, for replace_records.';
+
+CREATE FUNCTION pgbroker.stage_records(records jsonb) RETURNS bigint
+  LANGUAGE plpgsql AS $$
+DECLARE
+  staged bigint;
+BEGIN
+  PERFORM pgbroker.stage_records();
+  INSERT INTO pg_temp.staged_records (id, data) SELECT m.key, m.value FROM jsonb_each(records) AS m;
+  GET DIAGNOSTICS staged = ROW_COUNT;
+  RETURN staged;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.stage_records(jsonb) IS 'Fills staged_records from an object {id: data}, and returns how many that are.';
+
+CREATE FUNCTION pgbroker.compare_staged(record_type text, among text[]) RETURNS void
+  LANGUAGE plpgsql AS $$
+BEGIN
+  DELETE FROM pg_temp.staged_differences d WHERE among IS NULL OR d.id = ANY (among);
+  INSERT INTO pg_temp.staged_differences (id, version, payload, data, search_text, index_cidr)
+    SELECT c.id, c.version, coalesce(c.payload, e.payload), coalesce(e.data, c.data), coalesce(c.search_text, e.search_text),
+           coalesce(c.index_cidr, e.index_cidr)
+    FROM (
+      SELECT coalesce(s.id, r.id) AS id, r.version, s.payload, s.data, s.search_text, s.index_cidr,
+             CASE WHEN r.data IS NOT NULL THEN r.payload END AS old_payload, r.data AS old_data
+      FROM (SELECT * FROM pg_temp.staged_records WHERE among IS NULL OR staged_records.id = ANY (among)) AS s
+      FULL JOIN (
+        SELECT * FROM pgbroker.records
+        WHERE records.type = record_type AND (among IS NULL OR records.id = ANY (among))
+      ) AS r ON r.id = s.id
+      WHERE s.data IS DISTINCT FROM r.data
+      OFFSET 0 -- encode only these
+    ) AS c
+    -- The same may be said in another spelling: what counts is what it becomes.
+    LEFT JOIN LATERAL pgbroker.encode_payload(record_type, c.old_payload, c.old_data, c.data) AS e
+      ON c.data IS NOT NULL AND c.payload IS NULL
+    WHERE e.data IS DISTINCT FROM c.old_data OR c.version IS NULL OR c.payload IS NOT NULL OR c.data IS NULL;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.compare_staged(text, text[]) IS
+  'Notes which records of a type, or which among those with the given ids, differ from those staged, and what they are to be.';
+
+CREATE FUNCTION pgbroker.write_differences(
+  record_type text, among text[], OUT inserted bigint, OUT updated bigint, OUT deleted bigint)
+  LANGUAGE plpgsql
+  -- By key, whatever is known of the temporary table.
+  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET pgbroker.writer = 'replica'
+  AS $$
+BEGIN
+  DELETE FROM pgbroker.records AS r USING unnest(among) AS a (id), pg_temp.staged_differences AS d
+    WHERE d.id = a.id AND d.data IS NULL AND r.type = record_type AND r.id = d.id;
+  GET DIAGNOSTICS deleted = ROW_COUNT;
+  UPDATE pgbroker.records AS r
+    SET payload = d.payload, data = d.data, search_text = d.search_text, index_cidr = d.index_cidr
+    FROM unnest(among) AS a (id), pg_temp.staged_differences AS d
+    WHERE d.id = a.id AND d.data IS NOT NULL AND d.version IS NOT NULL AND r.type = record_type AND r.id = d.id;
+  GET DIAGNOSTICS updated = ROW_COUNT;
+  INSERT INTO pgbroker.records (type, id, payload, data, search_text, index_cidr)
+    SELECT record_type, d.id, d.payload, d.data, d.search_text, d.index_cidr
+    FROM unnest(among) AS a (id), pg_temp.staged_differences AS d
+    WHERE d.id = a.id AND d.data IS NOT NULL AND d.version IS NULL;
+  GET DIAGNOSTICS inserted = ROW_COUNT;
+  DELETE FROM pg_temp.staged_differences AS d USING unnest(among) AS a (id) WHERE d.id = a.id;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.write_differences(text, text[]) IS 'Writes some of the differences that compare_staged has noted.';
+
+CREATE FUNCTION pgbroker.replace_records(
+  record_type text, max_changes bigint DEFAULT NULL, allow_empty boolean DEFAULT false,
+  OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT remaining bigint)
+  LANGUAGE plpgsql AS $$
+DECLARE
+  progress record;
+  present  record;
+  changed  text[];
+  done     record;
+BEGIN
+  IF to_regclass('pg_temp.staged_records') IS NULL THEN
+    RAISE EXCEPTION 'nothing is staged in this session' USING ERRCODE = 'object_not_in_prerequisite_state',
+      HINT = 'Call pgbroker.stage_records(), and fill the table staged_records.';
+  END IF;
+  IF NOT allow_empty AND NOT EXISTS (SELECT FROM pg_temp.staged_records) THEN
+    RAISE EXCEPTION 'staged_records is empty: every record of type % would be deleted', quote_literal(record_type)
+      USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'If that is meant, pass allow_empty => true.';
+  END IF;
+
+  -- Nobody waits while all is compared.
+  SELECT * INTO progress FROM pg_temp.staged_progress;
+  SELECT s.server_version, q.last_value AS record_version INTO present FROM pgbroker.state s, pgbroker.record_version q;
+  IF progress.type IS DISTINCT FROM record_type OR progress.server_version IS DISTINCT FROM present.server_version THEN
+    TRUNCATE pg_temp.staged_progress;
+    ANALYZE pg_temp.staged_records;
+    -- The version before the comparison: what comes later is compared again, under the order lock.
+    PERFORM pgbroker.compare_staged(record_type, NULL);
+    INSERT INTO pg_temp.staged_progress VALUES (record_type, present.server_version, present.record_version);
+    ANALYZE pg_temp.staged_differences;
+  END IF;
+
+  -- In the order of Clear, which holds the table when it asks for the order lock.
+  LOCK TABLE pgbroker.records IN ROW EXCLUSIVE MODE;
+  PERFORM pgbroker.lock_order();
+  SELECT * INTO progress FROM pg_temp.staged_progress;
+  IF progress.server_version <> (SELECT s.server_version FROM pgbroker.state s) THEN
+    PERFORM pgbroker.compare_staged(record_type, NULL); -- cleared in between
+  ELSE
+    changed := ARRAY(SELECT DISTINCT c.id FROM pgbroker.changes c WHERE c.version > progress.record_version AND c.type = record_type);
+    IF changed <> '{}' THEN
+      PERFORM pgbroker.compare_staged(record_type, changed);
+    END IF;
+  END IF;
+
+  SELECT * INTO done FROM pgbroker.write_differences(record_type,
+    ARRAY(SELECT d.id FROM pg_temp.staged_differences d ORDER BY d.id LIMIT max_changes));
+  inserted := done.inserted;
+  updated := done.updated;
+  deleted := done.deleted;
+  remaining := (SELECT count(*) FROM pg_temp.staged_differences);
+  UPDATE pg_temp.staged_progress SET (server_version, record_version) =
+    (SELECT s.server_version, q.last_value FROM pgbroker.state s, pgbroker.record_version q);
+  IF remaining = 0 THEN
+    PERFORM pgbroker.stage_records();
+  END IF;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.replace_records(text, bigint, boolean) IS
+  'Makes the records of a type those of staged_records, writing only what differs, and returns how many it has inserted, '
+  'updated and deleted. With max_changes it writes so many at most: call it again, in a transaction of its own, until '
+  'none remain, and others get their turn in between. An empty set is refused unless allow_empty says that it is meant.';
+
+-- ---------------------------------------------------------------------------------------------
+-- Views of users' own types
+-- ---------------------------------------------------------------------------------------------
+
+CREATE FUNCTION pgbroker.view_column(expression text, kind text, form text, filled boolean) RETURNS text
+  LANGUAGE sql IMMUTABLE
+  RETURN CASE
+    WHEN form = 'timestamp' THEN format('(%s)::timestamptz', replace(expression, '->', '->>'))
+    WHEN form = 'duration' THEN format('(%s)::interval', replace(expression, '->', '->>'))
+    WHEN form = 'field_mask' OR kind IN ('string', 'enum') THEN replace(expression, '->', '->>')
+    WHEN kind = 'bytes' THEN format('decode(%s, ''base64'')', replace(expression, '->', '->>'))
+    WHEN kind IN ('message', 'group') THEN expression
+    ELSE format(CASE WHEN filled THEN 'coalesce((%s)::%s, %s)' ELSE '(%s)::%s' END, replace(expression, '->', '->>'),
+      CASE
+        WHEN kind = 'bool' THEN 'boolean'
+        WHEN kind IN ('int32', 'sint32', 'sfixed32') THEN 'integer'
+        WHEN kind IN ('int64', 'sint64', 'sfixed64', 'uint32', 'fixed32') THEN 'bigint'
+        WHEN kind = 'float' THEN 'real'
+        WHEN kind = 'double' THEN 'double precision'
+        ELSE 'numeric' END,
+      CASE kind WHEN 'bool' THEN 'false' ELSE '0' END) END;
+COMMENT ON FUNCTION pgbroker.view_column(text, text, text, boolean) IS 'A field of a projection as a column with a type.';
+
+CREATE FUNCTION pgbroker.view_definition(record_type text, message text DEFAULT NULL, view_name text DEFAULT NULL) RETURNS text
+  LANGUAGE plpgsql STABLE AS $$
+DECLARE
+  of_type text := message;
+  columns text;
+BEGIN
+  IF of_type IS NULL AND record_type NOT LIKE '%/%' AND EXISTS (SELECT FROM pgbroker.messages m WHERE m.message = record_type) THEN
+    of_type := record_type;
+    record_type := 'type.googleapis.com/' || record_type;
+  END IF;
+  of_type := coalesce(of_type, substring(record_type FROM '^type\.googleapis\.com/(.*)$'), 'google.protobuf.Struct');
+  view_name := coalesce(view_name,
+    lower(regexp_replace(regexp_replace(record_type, '^.*[/.]', ''), '([a-z0-9])([A-Z])', '\1_\2', 'g')));
+
+  IF of_type = 'google.protobuf.Struct' THEN
+    -- What some of the records have.
+    SELECT string_agg(format('    %s AS %I', CASE
+        WHEN k.kinds = '{string}' THEN format('r.data ->> %L', k.key)
+        WHEN k.kinds = '{number}' THEN format('(r.data ->> %L)::numeric', k.key)
+        WHEN k.kinds = '{boolean}' THEN format('(r.data ->> %L)::boolean', k.key)
+        ELSE format('r.data -> %L', k.key) END,
+      CASE WHEN k.key IN ('version', 'modified_at') THEN 'data_' || k.key ELSE k.key END) || E',\n', '' ORDER BY k.key)
+    INTO columns
+    FROM (
+      SELECT f.key, array_agg(DISTINCT jsonb_typeof(f.value)) FILTER (WHERE f.value <> 'null') AS kinds
+      FROM (SELECT r.data FROM pgbroker.records r WHERE r.type = record_type AND jsonb_typeof(r.data) = 'object' LIMIT 10000) AS sample,
+        jsonb_each(sample.data) AS f
+      WHERE f.key NOT IN ('', 'id')
+      GROUP BY f.key
+    ) AS k;
+    IF columns IS NULL THEN
+      RAISE EXCEPTION 'there is no record of type % to learn the fields from', quote_literal(record_type)
+        USING ERRCODE = 'no_data_found', HINT = 'Write one first, or name a message whose fields it has.';
+    END IF;
+  ELSE
+    IF NOT EXISTS (SELECT FROM pgbroker.messages m WHERE m.message = of_type AND m.form = 'object') THEN
+      RAISE EXCEPTION 'the message % is not known, or has no fields', quote_literal(of_type)
+        USING ERRCODE = 'undefined_object', HINT = 'Add it with `pgbroker schema add`.';
+    END IF;
+    SELECT coalesce(string_agg(format('    %s AS %I', CASE
+        WHEN f.label IN ('repeated', 'packed', 'map') THEN format('r.data -> %L', f.name)
+        WHEN m.form = 'wrapper' THEN pgbroker.view_column(format('r.data -> %L', f.name), w.kind, NULL, false)
+        ELSE pgbroker.view_column(format('r.data -> %L', f.name), f.kind, m.form, f.label = 'single') END,
+      CASE WHEN f.name IN ('version', 'modified_at') THEN 'data_' || f.name ELSE f.name END) || E',\n', '' ORDER BY f.number), '')
+    INTO columns
+    FROM pgbroker.message_fields f
+    LEFT JOIN pgbroker.messages m ON m.message = f.type_name
+    LEFT JOIN pgbroker.message_fields w ON w.message = f.type_name AND w.number = 1
+    WHERE f.message = of_type AND f.name <> 'id'
+      AND NOT EXISTS (SELECT FROM pgbroker.secret_fields s WHERE s.message = f.message AND s.field = f.name);
+  END IF;
+  RETURN format(E'CREATE VIEW %I AS\n  SELECT\n    r.id,\n%s    r.version,\n    r.modified_at\n'
+      '  FROM pgbroker.records r\n  WHERE r.type = %L;\n'
+      'COMMENT ON VIEW %I IS %L;',
+    view_name, columns, record_type, view_name, 'Records of type ' || record_type || '. A DELETE is a revocation.');
+END
+$$;
+COMMENT ON FUNCTION pgbroker.view_definition(text, text, text) IS
+  'The statements that make a view of the records of a type, with a typed column for each field. The fields are those of the '
+  'message, which is by default that of the record type; of records without a message type, those that are found in them.';

@@ -132,3 +132,7 @@ WHERE r.data IS DISTINCT FROM nullif(i.data, '')::jsonb
 -- Sets the projections of records that still have the given versions; no change is logged.
 SELECT pgbroker.project_records(
   @types::text[], @ids::text[], @versions::bigint[], @projections::text[], @search_texts::text[], @index_cidrs::text[])::bigint;
+
+-- name: SchemaView :one
+-- The statements that make a view of the records of a type. Empty text stands for the default.
+SELECT pgbroker.view_definition(@record_type::text, nullif(@message::text, ''), nullif(@view_name::text, ''))::text AS definition;

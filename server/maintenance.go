@@ -21,7 +21,7 @@ const (
 )
 
 // maintenance does the periodic work for all replicas, one of them at a time: expiry, TTL, retention of
-// tombstones, indexing.
+// tombstones, indexing, projection.
 type maintenance struct {
 	db        *db.DB
 	queries   *db.Queries
@@ -29,6 +29,9 @@ type maintenance struct {
 	metrics   *metrics
 	interval  time.Duration
 	retention time.Duration
+	projector *projector
+	// projectionGrace is how long replicas may go on by types and rules that have been changed.
+	projectionGrace time.Duration
 
 	leaseID string // "" while another replica holds the lease
 }
@@ -90,6 +93,9 @@ func (m *maintenance) round(ctx context.Context) error {
 		if err := m.reindex(ctx, row); err != nil {
 			errs = append(errs, fmt.Errorf("index %s: %w", row.Type, err))
 		}
+	}
+	if err := m.reproject(ctx); err != nil {
+		errs = append(errs, fmt.Errorf("project again: %w", err))
 	}
 	job("services purged", m.queries.ServicesPurge)
 	job("leases purged", m.queries.LeasesPurge)

@@ -36,7 +36,6 @@ import (
 	"pgbroker/proto/registry"
 	"pgbroker/server/auth"
 	"pgbroker/server/changefeed"
-	"pgbroker/server/projection"
 )
 
 // Defaults of Config.
@@ -46,6 +45,7 @@ const (
 	DefaultMaxMessageSize      = 4 << 20
 	DefaultTombstoneRetention  = 7 * 24 * time.Hour
 	DefaultMaintenanceInterval = 10 * time.Second
+	DefaultProjectionGrace     = 30 * time.Second
 )
 
 // Config of a Server.
@@ -76,6 +76,9 @@ type Config struct {
 	// MaintenanceInterval is how often what is due is looked for, which bounds how long a record outlives
 	// its expiry; 0 means 10 s.
 	MaintenanceInterval time.Duration
+	// ProjectionGrace is how long after a change of types or redaction a replica may still go by what was
+	// before: what is written meanwhile is projected once more when it has passed. 0 means 30 s.
+	ProjectionGrace time.Duration
 	// PollInterval is how often changes are looked for when nobody announces any; 0 means 2 s.
 	PollInterval time.Duration
 	// Registerer takes the metrics; nil means none.
@@ -90,7 +93,7 @@ type Server struct {
 	logger    *slog.Logger
 	db        *db.DB
 	queries   *db.Queries
-	projector *projection.Projector
+	projector *projector
 	writer    *writer
 	feed      *changefeed.Feed
 	services  *serviceFeed
@@ -110,6 +113,7 @@ func New(config Config) (*Server, error) {
 	config.MaxMessageSize = cmp.Or(config.MaxMessageSize, DefaultMaxMessageSize)
 	config.TombstoneRetention = cmp.Or(config.TombstoneRetention, DefaultTombstoneRetention)
 	config.MaintenanceInterval = cmp.Or(config.MaintenanceInterval, DefaultMaintenanceInterval)
+	config.ProjectionGrace = cmp.Or(config.ProjectionGrace, DefaultProjectionGrace)
 	config.Logger = cmp.Or(config.Logger, slog.Default())
 	if config.DB == nil {
 		return nil, errors.New("server: no database is configured")
@@ -123,7 +127,6 @@ func New(config Config) (*Server, error) {
 		logger:    config.Logger,
 		db:        config.DB,
 		queries:   db.New(config.DB),
-		projector: projection.New(nil),
 		writer:    newWriter(config.DB, config.RequestTimeout),
 		metrics:   newMetrics(),
 		health:    health.NewServer(),
@@ -142,6 +145,7 @@ func New(config Config) (*Server, error) {
 		PollInterval: config.PollInterval,
 		Logger:       s.logger,
 	})
+	s.projector = &projector{queries: s.queries, feed: s.feed, logger: s.logger}
 	if err := s.newGRPC(); err != nil {
 		return nil, err
 	}
@@ -163,7 +167,7 @@ func (s *Server) newGRPC() error {
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Minute, Timeout: 20 * time.Second}),
 		grpc.ChainUnaryInterceptor(
-			requests.UnaryServerInterceptor(), s.unaryErrors, recovery.UnaryServerInterceptor(recovered), authenticator.Unary, s.deadline),
+			requests.UnaryServerInterceptor(), s.unaryErrors, recovery.UnaryServerInterceptor(recovered), authenticator.Unary, s.deadline, s.projector.prepare),
 		grpc.ChainStreamInterceptor(
 			requests.StreamServerInterceptor(), s.streamErrors, recovery.StreamServerInterceptor(recovered), authenticator.Stream),
 	}
@@ -215,10 +219,11 @@ func (s *Server) Run(ctx context.Context, listener net.Listener) error {
 	// What requests depend on stops after them.
 	background, stopBackground := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopBackground()
-	periodic := &maintenance{db: s.db, queries: s.queries, logger: s.logger, metrics: s.metrics, interval: s.config.MaintenanceInterval, retention: s.config.TombstoneRetention}
+	periodic := &maintenance{db: s.db, queries: s.queries, logger: s.logger, metrics: s.metrics, interval: s.config.MaintenanceInterval, retention: s.config.TombstoneRetention, projector: s.projector, projectionGrace: s.config.ProjectionGrace}
 	var group errgroup.Group
 	group.Go(func() error { return s.feed.Run(background) })
 	group.Go(func() error { s.services.run(background); return nil })
+	group.Go(func() error { s.projector.follow(background); return nil })
 	group.Go(func() error { periodic.run(background); return nil })
 	group.Go(func() error { s.reportHealth(background); return nil })
 

@@ -196,24 +196,24 @@ func TestSQLEditKeepsTheRest(t *testing.T) {
 		}
 		wasShown, _ := normalize(decodeJSON(before)).(map[string]any)
 		isShown, _ := normalize(decodeJSON(valueJSON)).(map[string]any)
+		changed := func(fd protoreflect.FieldDescriptor) bool {
+			was, hadIt := wasShown[fd.TextName()]
+			is, hasIt := isShown[fd.TextName()]
+			return hadIt != hasIt || !cmp.Equal(was, is)
+		}
 		// A oneof of which a visible member has changed has no other members any more.
 		settled := map[protoreflect.Name]bool{}
 		for i := range md.Fields().Len() {
 			fd := md.Fields().Get(i)
-			if od := fd.ContainingOneof(); od != nil && !cmp.Equal(wasShown[fd.TextName()], isShown[fd.TextName()]) {
+			if od := fd.ContainingOneof(); od != nil && changed(fd) {
 				settled[od.Name()] = true
 			}
 		}
 		oldFields, newFields := occurrences(old), occurrences(newValue)
 		for number, was := range oldFields {
 			fd := md.Fields().ByNumber(number)
-			if fd != nil {
-				od := fd.ContainingOneof()
-				_, hadIt := wasShown[fd.TextName()]
-				_, hasIt := isShown[fd.TextName()]
-				if od != nil && settled[od.Name()] || hadIt != hasIt || !cmp.Equal(wasShown[fd.TextName()], isShown[fd.TextName()]) {
-					continue
-				}
+			if fd != nil && (changed(fd) || fd.ContainingOneof() != nil && settled[fd.ContainingOneof().Name()]) {
+				continue
 			}
 			if !bytes.Equal(was, newFields[number]) {
 				t.Fatalf("%s: field %d was % x and is % x\nbefore %s\nvalue %s", md.FullName(), number, was, newFields[number], before, valueJSON)
