@@ -133,7 +133,7 @@ BEGIN
   PERFORM pgbroker.lock_order();
   UPDATE pgbroker.schema_state
     SET version = version + 1, changed_at = clock_timestamp(), swept = false,
-        record_version = (SELECT last_value FROM pgbroker.record_version)
+        record_version = (SELECT last_value - (NOT is_called)::integer FROM pgbroker.record_version)
     RETURNING version INTO present;
   INSERT INTO pgbroker.reprojections AS r (type, schema_version)
     SELECT t.type, present FROM pgbroker.record_types t WHERE t.record_count > 0

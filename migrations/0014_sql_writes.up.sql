@@ -1185,7 +1185,7 @@ BEGIN
 
   -- Nobody waits while all is compared.
   SELECT * INTO progress FROM pg_temp.staged_progress;
-  SELECT s.server_version, q.last_value AS record_version INTO present FROM pgbroker.state s, pgbroker.record_version q;
+  SELECT s.server_version, q.last_value - (NOT q.is_called)::integer AS record_version INTO present FROM pgbroker.state s, pgbroker.record_version q;
   IF progress.type IS DISTINCT FROM record_type OR progress.server_version IS DISTINCT FROM present.server_version THEN
     TRUNCATE pg_temp.staged_progress;
     ANALYZE pg_temp.staged_records;
@@ -1215,7 +1215,7 @@ BEGIN
   deleted := done.deleted;
   remaining := (SELECT count(*) FROM pg_temp.staged_differences);
   UPDATE pg_temp.staged_progress SET (server_version, record_version) =
-    (SELECT s.server_version, q.last_value FROM pgbroker.state s, pgbroker.record_version q);
+    (SELECT s.server_version, q.last_value - (NOT q.is_called)::integer FROM pgbroker.state s, pgbroker.record_version q);
   IF remaining = 0 THEN
     PERFORM pgbroker.stage_records();
   END IF;
