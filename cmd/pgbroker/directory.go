@@ -260,10 +260,15 @@ func (l *directoryLoad) wrongCSV(err error) error {
 }
 
 func (l *directoryLoad) readJSON(content []byte) ([]*directoryEntry, error) {
-	lineAt := func(offset int64) int {
-		return 1 + bytes.Count(content[:min(offset, int64(len(content)))], []byte("\n"))
-	}
 	decoder := json.NewDecoder(bytes.NewReader(content))
+	notJSON := func(err error) error {
+		offset := decoder.InputOffset()
+		var syntax *json.SyntaxError
+		if errors.As(err, &syntax) {
+			offset = syntax.Offset
+		}
+		return l.wrong(1+bytes.Count(content[:min(offset, int64(len(content)))], []byte("\n")), "not JSON: %v", err)
+	}
 	if start, err := decoder.Token(); err != nil || start != json.Delim('[') {
 		return nil, l.wrong(1, "not a list of objects in JSON")
 	}
