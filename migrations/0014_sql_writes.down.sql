@@ -1,7 +1,7 @@
 DROP FUNCTION pgbroker.view_definition(text, text, text);
 DROP FUNCTION pgbroker.view_column(text, text, text, boolean);
 DROP FUNCTION pgbroker.replace_records(text, bigint, boolean);
-DROP FUNCTION pgbroker.write_differences(text, text[]);
+DROP FUNCTION pgbroker.write_differences(text, bigint, bigint);
 DROP FUNCTION pgbroker.compare_staged(text, text[]);
 DROP FUNCTION pgbroker.stage_records(jsonb);
 DROP FUNCTION pgbroker.stage_records();

@@ -1083,6 +1083,7 @@ BEGIN
       index_cidr  inet
     );
     CREATE TEMP TABLE staged_differences (
+      position    bigint GENERATED ALWAYS AS IDENTITY UNIQUE, -- in the order of which they are written
       id          text COLLATE "C" PRIMARY KEY,
       version     bigint, -- of the stored record; NULL if there is none
       payload     bytea,
@@ -1090,7 +1091,8 @@ BEGIN
       search_text text,
       index_cidr  inet
     );
-    CREATE TEMP TABLE staged_progress (type text COLLATE "C", server_version bigint, record_version bigint);
+    CREATE TEMP TABLE staged_progress (
+      type text COLLATE "C", server_version bigint, record_version bigint, written_position bigint, remaining bigint);
   ELSE
     TRUNCATE pg_temp.staged_records, pg_temp.staged_differences, pg_temp.staged_progress;
   END IF;
@@ -1130,39 +1132,45 @@ BEGIN
       WHERE s.data IS DISTINCT FROM r.data
       OFFSET 0 -- encode only these
     ) AS c
-    -- The same may be said in another spelling: what counts is what it becomes.
-    LEFT JOIN LATERAL pgbroker.encode_payload(record_type, c.old_payload, c.old_data, c.data) AS e
-      ON c.data IS NOT NULL AND c.payload IS NULL
-    WHERE e.data IS DISTINCT FROM c.old_data OR c.version IS NULL OR c.payload IS NOT NULL OR c.data IS NULL;
+    -- The same may be said in another spelling: what counts is what it becomes. The fence keeps what is encoded
+    -- already from being encoded once more.
+    LEFT JOIN LATERAL (
+      SELECT * FROM pgbroker.encode_payload(record_type, c.old_payload, c.old_data, c.data)
+      WHERE c.data IS NOT NULL AND c.payload IS NULL
+      OFFSET 0
+    ) AS e ON true
+    WHERE e.data IS DISTINCT FROM c.old_data OR c.version IS NULL OR c.payload IS NOT NULL OR c.data IS NULL
+    ORDER BY c.id;
 END
 $$;
 COMMENT ON FUNCTION pgbroker.compare_staged(text, text[]) IS
   'Notes which records of a type, or which among those with the given ids, differ from those staged, and what they are to be.';
 
 CREATE FUNCTION pgbroker.write_differences(
-  record_type text, among text[], OUT inserted bigint, OUT updated bigint, OUT deleted bigint)
+  record_type text, after bigint, upto bigint, OUT inserted bigint, OUT updated bigint, OUT deleted bigint)
   LANGUAGE plpgsql
   -- By key, whatever is known of the temporary table.
   SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET pgbroker.writer = 'replica'
   AS $$
 BEGIN
-  DELETE FROM pgbroker.records AS r USING unnest(among) AS a (id), pg_temp.staged_differences AS d
-    WHERE d.id = a.id AND d.data IS NULL AND r.type = record_type AND r.id = d.id;
+  DELETE FROM pgbroker.records AS r USING pg_temp.staged_differences AS d
+    WHERE d.position > after AND d.position <= upto AND d.data IS NULL AND r.type = record_type AND r.id = d.id;
   GET DIAGNOSTICS deleted = ROW_COUNT;
   UPDATE pgbroker.records AS r
     SET payload = d.payload, data = d.data, search_text = d.search_text, index_cidr = d.index_cidr
-    FROM unnest(among) AS a (id), pg_temp.staged_differences AS d
-    WHERE d.id = a.id AND d.data IS NOT NULL AND d.version IS NOT NULL AND r.type = record_type AND r.id = d.id;
+    FROM pg_temp.staged_differences AS d
+    WHERE d.position > after AND d.position <= upto AND d.data IS NOT NULL AND d.version IS NOT NULL
+      AND r.type = record_type AND r.id = d.id;
   GET DIAGNOSTICS updated = ROW_COUNT;
   INSERT INTO pgbroker.records (type, id, payload, data, search_text, index_cidr)
     SELECT record_type, d.id, d.payload, d.data, d.search_text, d.index_cidr
-    FROM unnest(among) AS a (id), pg_temp.staged_differences AS d
-    WHERE d.id = a.id AND d.data IS NOT NULL AND d.version IS NULL;
+    FROM pg_temp.staged_differences AS d
+    WHERE d.position > after AND d.position <= upto AND d.data IS NOT NULL AND d.version IS NULL
+    ORDER BY d.position;
   GET DIAGNOSTICS inserted = ROW_COUNT;
-  DELETE FROM pg_temp.staged_differences AS d USING unnest(among) AS a (id) WHERE d.id = a.id;
 END
 $$;
-COMMENT ON FUNCTION pgbroker.write_differences(text, text[]) IS 'Writes some of the differences that compare_staged has noted.';
+COMMENT ON FUNCTION pgbroker.write_differences(text, bigint, bigint) IS 'Writes some of the differences that compare_staged has noted.';
 
 CREATE FUNCTION pgbroker.replace_records(
   record_type text, max_changes bigint DEFAULT NULL, allow_empty boolean DEFAULT false,
@@ -1173,6 +1181,8 @@ DECLARE
   present  record;
   changed  text[];
   done     record;
+  last     bigint;
+  again    boolean := false;
 BEGIN
   IF to_regclass('pg_temp.staged_records') IS NULL THEN
     RAISE EXCEPTION 'nothing is staged in this session' USING ERRCODE = 'object_not_in_prerequisite_state',
@@ -1185,13 +1195,16 @@ BEGIN
 
   -- Nobody waits while all is compared.
   SELECT * INTO progress FROM pg_temp.staged_progress;
-  SELECT s.server_version, q.last_value - (NOT q.is_called)::integer AS record_version INTO present FROM pgbroker.state s, pgbroker.record_version q;
+  SELECT s.server_version, q.last_value - (NOT q.is_called)::integer AS record_version INTO present
+    FROM pgbroker.state s, pgbroker.record_version q;
   IF progress.type IS DISTINCT FROM record_type OR progress.server_version IS DISTINCT FROM present.server_version THEN
     TRUNCATE pg_temp.staged_progress;
     ANALYZE pg_temp.staged_records;
-    -- The version before the comparison: what comes later is compared again, under the order lock.
     PERFORM pgbroker.compare_staged(record_type, NULL);
-    INSERT INTO pg_temp.staged_progress VALUES (record_type, present.server_version, present.record_version);
+    -- The version before the comparison: what comes later is compared again, under the order lock.
+    INSERT INTO pg_temp.staged_progress
+      SELECT record_type, present.server_version, present.record_version, coalesce(min(d.position), 1) - 1, count(*)
+      FROM pg_temp.staged_differences d;
     ANALYZE pg_temp.staged_differences;
   END IF;
 
@@ -1201,21 +1214,29 @@ BEGIN
   SELECT * INTO progress FROM pg_temp.staged_progress;
   IF progress.server_version <> (SELECT s.server_version FROM pgbroker.state s) THEN
     PERFORM pgbroker.compare_staged(record_type, NULL); -- cleared in between
+    again := true;
   ELSE
     changed := ARRAY(SELECT DISTINCT c.id FROM pgbroker.changes c WHERE c.version > progress.record_version AND c.type = record_type);
     IF changed <> '{}' THEN
       PERFORM pgbroker.compare_staged(record_type, changed);
+      again := true;
     END IF;
   END IF;
+  IF again THEN
+    progress.remaining := (SELECT count(*) FROM pg_temp.staged_differences d WHERE d.position > progress.written_position);
+  END IF;
 
-  SELECT * INTO done FROM pgbroker.write_differences(record_type,
-    ARRAY(SELECT d.id FROM pg_temp.staged_differences d ORDER BY d.id LIMIT max_changes));
+  SELECT coalesce(max(b.position), progress.written_position), progress.remaining - count(*) INTO last, remaining
+    FROM (SELECT d.position FROM pg_temp.staged_differences d WHERE d.position > progress.written_position
+          ORDER BY d.position LIMIT max_changes) AS b;
+  SELECT * INTO done FROM pgbroker.write_differences(record_type, progress.written_position, last);
   inserted := done.inserted;
   updated := done.updated;
   deleted := done.deleted;
-  remaining := (SELECT count(*) FROM pg_temp.staged_differences);
-  UPDATE pg_temp.staged_progress SET (server_version, record_version) =
-    (SELECT s.server_version, q.last_value - (NOT q.is_called)::integer FROM pgbroker.state s, pgbroker.record_version q);
+  UPDATE pg_temp.staged_progress AS p
+    SET server_version = (SELECT s.server_version FROM pgbroker.state s),
+        record_version = (SELECT q.last_value - (NOT q.is_called)::integer FROM pgbroker.record_version q),
+        written_position = last, remaining = replace_records.remaining;
   IF remaining = 0 THEN
     PERFORM pgbroker.stage_records();
   END IF;
