@@ -566,6 +566,52 @@ func (q *Queries) RecordsReindex(ctx context.Context, arg RecordsReindexParams) 
 	return items, nil
 }
 
+const recordsReplace = `-- name: RecordsReplace :one
+SELECT r.inserted::bigint AS inserted, r.updated::bigint AS updated, r.deleted::bigint AS deleted, r.remaining::bigint AS remaining
+FROM pgbroker.replace_records($1::text, $2::bigint, $3::boolean) AS r
+`
+
+type RecordsReplaceParams struct {
+	Type       string
+	MaxChanges int64
+	AllowEmpty bool
+}
+
+type RecordsReplaceRow struct {
+	Inserted  int64
+	Updated   int64
+	Deleted   int64
+	Remaining int64
+}
+
+// Makes the records of a type those that are staged, up to max_changes of them.
+//
+//	SELECT r.inserted::bigint AS inserted, r.updated::bigint AS updated, r.deleted::bigint AS deleted, r.remaining::bigint AS remaining
+//	FROM pgbroker.replace_records($1::text, $2::bigint, $3::boolean) AS r
+func (q *Queries) RecordsReplace(ctx context.Context, arg RecordsReplaceParams) (RecordsReplaceRow, error) {
+	row := q.db.QueryRow(ctx, recordsReplace, arg.Type, arg.MaxChanges, arg.AllowEmpty)
+	var i RecordsReplaceRow
+	err := row.Scan(
+		&i.Inserted,
+		&i.Updated,
+		&i.Deleted,
+		&i.Remaining,
+	)
+	return i, err
+}
+
+const recordsStage = `-- name: RecordsStage :exec
+SELECT pgbroker.stage_records()
+`
+
+// Makes the temporary table staged_records, or empties it.
+//
+//	SELECT pgbroker.stage_records()
+func (q *Queries) RecordsStage(ctx context.Context) error {
+	_, err := q.db.Exec(ctx, recordsStage)
+	return err
+}
+
 const recordsWrite = `-- name: RecordsWrite :many
 SELECT s.server_version, coalesce(c.version, 0)::bigint AS version, coalesce(c.type, '')::text AS type,
        coalesce(c.id, '')::text AS id, coalesce(c.changed_at, 'epoch')::timestamptz AS changed_at,

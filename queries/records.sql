@@ -146,3 +146,12 @@ WHERE t.type = @type AND r.type = @type
     WHERE p.type = @type AND p.id >= @from_id::text
     ORDER BY p.id LIMIT @max_rows)
 RETURNING r.id;
+
+-- name: RecordsStage :exec
+-- Makes the temporary table staged_records, or empties it.
+SELECT pgbroker.stage_records();
+
+-- name: RecordsReplace :one
+-- Makes the records of a type those that are staged, up to max_changes of them.
+SELECT r.inserted::bigint AS inserted, r.updated::bigint AS updated, r.deleted::bigint AS deleted, r.remaining::bigint AS remaining
+FROM pgbroker.replace_records(@type::text, @max_changes::bigint, @allow_empty::boolean) AS r;

@@ -26,7 +26,7 @@ const (
 )
 
 // maintenance does the periodic work for all replicas, one of them at a time: expiry, TTL, idle timeouts,
-// limits for users, retention of tombstones and of the audit, indexing.
+// limits for users, retention of tombstones and of the audit, indexing, projection.
 type maintenance struct {
 	db             *db.DB
 	queries        *db.Queries
@@ -35,6 +35,9 @@ type maintenance struct {
 	interval       time.Duration
 	retention      time.Duration
 	auditRetention time.Duration
+	projector      *projector
+	// projectionGrace is how long replicas may go on by types and rules that have been changed.
+	projectionGrace time.Duration
 
 	leaseID string // "" while another replica holds the lease
 
@@ -53,6 +56,7 @@ func (s *Server) newMaintenance() *maintenance {
 	return &maintenance{
 		db: s.db, queries: s.queries, logger: s.logger, metrics: s.metrics,
 		interval: s.config.MaintenanceInterval, retention: s.config.TombstoneRetention, auditRetention: s.config.AuditRetention,
+		projector: s.projector, projectionGrace: s.config.ProjectionGrace,
 		swept: make(map[string]time.Time), limited: make(map[string]limitProgress),
 	}
 }
@@ -117,6 +121,9 @@ func (m *maintenance) round(ctx context.Context) error {
 		if err := m.reindex(ctx, row); err != nil {
 			errs = append(errs, fmt.Errorf("index %s: %w", row.Type, err))
 		}
+	}
+	if err := m.reproject(ctx); err != nil {
+		errs = append(errs, fmt.Errorf("project again: %w", err))
 	}
 	job("audit entries purged", func(ctx context.Context) (int64, error) {
 		return m.queries.AuditPurge(ctx, db.AuditPurgeParams{MaxRows: maintenanceBatch, Retention: m.auditRetention})

@@ -36,7 +36,6 @@ import (
 	"pgbroker/proto/registry"
 	"pgbroker/server/auth"
 	"pgbroker/server/changefeed"
-	"pgbroker/server/projection"
 )
 
 // Defaults of Config.
@@ -48,6 +47,7 @@ const (
 	DefaultAuditRetention      = 90 * 24 * time.Hour
 	DefaultMaintenanceInterval = 10 * time.Second
 	DefaultLockWarning         = 2 * time.Second
+	DefaultProjectionGrace     = 30 * time.Second
 )
 
 // Config of a Server.
@@ -84,6 +84,9 @@ type Config struct {
 	Limits Limits
 	// LockWarning is how long another session of the database may keep writers waiting before it is logged; 0 means 2 s.
 	LockWarning time.Duration
+	// ProjectionGrace is how long after a change of types or redaction a replica may still go by what was
+	// before: what is written meanwhile is projected once more when it has passed. 0 means 30 s.
+	ProjectionGrace time.Duration
 	// PollInterval is how often changes are looked for when nobody announces any; 0 means 2 s.
 	PollInterval time.Duration
 	// Registerer takes the metrics; nil means none.
@@ -98,7 +101,7 @@ type Server struct {
 	logger    *slog.Logger
 	db        *db.DB
 	queries   *db.Queries
-	projector *projection.Projector
+	projector *projector
 	writer    *writer
 	feed      *changefeed.Feed
 	services  *serviceFeed
@@ -123,6 +126,7 @@ func New(config Config) (*Server, error) {
 	config.AuditRetention = cmp.Or(config.AuditRetention, DefaultAuditRetention)
 	config.MaintenanceInterval = cmp.Or(config.MaintenanceInterval, DefaultMaintenanceInterval)
 	config.LockWarning = cmp.Or(config.LockWarning, DefaultLockWarning)
+	config.ProjectionGrace = cmp.Or(config.ProjectionGrace, DefaultProjectionGrace)
 	config.Logger = cmp.Or(config.Logger, slog.Default())
 	if config.DB == nil {
 		return nil, errors.New("server: no database is configured")
@@ -136,7 +140,6 @@ func New(config Config) (*Server, error) {
 		logger:    config.Logger,
 		db:        config.DB,
 		queries:   db.New(config.DB),
-		projector: projection.New(nil),
 		writer:    newWriter(config.DB, config.RequestTimeout),
 		metrics:   newMetrics(),
 		limiter:   newLimiter(config.Limits, config.Logger),
@@ -159,6 +162,7 @@ func New(config Config) (*Server, error) {
 		PollInterval: config.PollInterval,
 		Logger:       s.logger,
 	})
+	s.projector = &projector{queries: s.queries, feed: s.feed, logger: s.logger}
 	if err := s.newGRPC(); err != nil {
 		return nil, err
 	}
@@ -185,7 +189,7 @@ func (s *Server) newGRPC() error {
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Minute, Timeout: 20 * time.Second}),
 		grpc.ChainUnaryInterceptor(
 			requests.UnaryServerInterceptor(), s.unaryErrors, recovery.UnaryServerInterceptor(recovered), authenticator.Unary,
-			s.limiter.unary, s.deadline),
+			s.limiter.unary, s.deadline, s.projector.prepare),
 		grpc.ChainStreamInterceptor(
 			requests.StreamServerInterceptor(), s.streamErrors, recovery.StreamServerInterceptor(recovered), authenticator.Stream,
 			s.limiter.stream),
@@ -248,6 +252,7 @@ func (s *Server) Run(ctx context.Context, listener net.Listener) error {
 	var group errgroup.Group
 	group.Go(func() error { return s.feed.Run(background) })
 	group.Go(func() error { s.services.run(background); return nil })
+	group.Go(func() error { s.projector.follow(background); return nil })
 	group.Go(func() error { periodic.run(background); return nil })
 	group.Go(func() error { s.blockers.run(background); return nil })
 	group.Go(func() error { s.reportHealth(background); return nil })
