@@ -1014,6 +1014,9 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION pgbroker.encode_record() IS 'Trigger: data written in SQL become a payload.';
+-- Whoever may write data need not be able to read what is known of message types.
+ALTER FUNCTION pgbroker.encode_record() SECURITY DEFINER SET search_path = pg_catalog, pg_temp;
+REVOKE EXECUTE ON FUNCTION pgbroker.encode_record() FROM PUBLIC;
 
 CREATE FUNCTION pgbroker.keep_version() RETURNS trigger
   LANGUAGE plpgsql AS $$

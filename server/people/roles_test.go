@@ -172,6 +172,9 @@ func TestReaderSeesNoSecret(t *testing.T) {
 		if !slices.Contains([]string{"change_log", "sessions", "session_data", "session_details"}, view) && strings.Contains(v.heard.String()[before:], "foreign") {
 			t.Errorf("%s calls a function with the id of another type's record", view)
 		}
+		if view == "blockers" { // it shows nobody: nobody is blocked
+			continue
+		}
 		// Errors that quote what they are about.
 		v.expect(t, pgerrcode.InvalidTextRepresentation, fmt.Sprintf(`SELECT (v::text)::integer FROM pgbroker.%s v`, view))
 	}

@@ -129,15 +129,16 @@ func TestViewsWithMalformedRecords(t *testing.T) {
 	b := servertest.New(t, servertest.Options{Configure: quiet})
 	for _, v := range typedViews(t) {
 		recordType := v.record.GetType()
-		b.Database.Exec(t, `INSERT INTO pgbroker.records (type, id, data) VALUES
-			($1, 'good', '{}'), ($1, 'none', NULL), ($1, 'scalar', '"text"'), ($1, 'list', '[1]'),
+		// With a payload, or what is malformed would be refused.
+		b.Database.Exec(t, `INSERT INTO pgbroker.records (type, id, payload, data) SELECT v.type, v.id, '', v.data FROM (VALUES
+			($1, 'good', '{}'::jsonb), ($1, 'none', NULL), ($1, 'scalar', '"text"'), ($1, 'list', '[1]'),
 			($1, 'text', '{"issued_at": "yesterday", "accessed_at": "2030-02-30T00:00:00Z", "expires_at": "", "created_at": "x",
 			  "enrolled_at": "9", "refresh_expires_at": "?", "time": "-", "refresh_disabled": "maybe", "revoked": "perhaps", "group_ids": "g",
 			  "oauth_token": {"expires_at": "never"}, "client_secret": {"expires_at": "?", "created_at": []}, "claims": "none"}'),
 			($1, 'odd', '{"issued_at": 7, "accessed_at": {}, "expires_at": [], "created_at": true, "enrolled_at": 1e300,
 			  "time": "99999999-01-01T00:00:00Z", "oauth_token": 7, "client_secret": [], "claims": {"email": "x", "name": 7}, "group_ids": {"a": 1}}')
 			, ($1, 'endless', '{"issued_at": "infinity", "accessed_at": "-infinity", "expires_at": "infinity", "time": "infinity",
-			  "oauth_token": {"expires_at": "infinity"}, "created_at": "now"}')
+			  "oauth_token": {"expires_at": "infinity"}, "created_at": "now"}')) AS v (type, id, data)
 			ON CONFLICT DO NOTHING`, recordType)
 		if got := value[int](t, b.Database, fmt.Sprintf(`SELECT count(v) FROM (SELECT v::text FROM pgbroker.%s v OFFSET 0) v`, v.view)); got != 7 {
 			t.Errorf("%s shows %d rows of 7", v.view, got)

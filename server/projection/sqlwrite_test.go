@@ -278,11 +278,15 @@ func withoutEmpty(v any) any {
 	return v
 }
 
-// searchWords returns the texts of a search text in any order.
+// searchWords returns the strings of a search text, sorted, without those that others contain: a Projector leaves some out.
 func searchWords(text string) []string {
 	words := strings.Split(text, string(Separator))
 	slices.Sort(words)
-	return words
+	words = slices.Compact(words)
+	all := slices.Clone(words)
+	return slices.DeleteFunc(words, func(word string) bool {
+		return slices.ContainsFunc(all, func(other string) bool { return other != word && strings.Contains(other, word) })
+	})
 }
 
 // isASCII reports whether a text is folded in the same way by everybody.
