@@ -651,10 +651,15 @@ func TestServices(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t, nil)
 	f.await("the first wake-up", func() bool { return f.services.Load() > 0 })
-	before, reads := f.services.Load(), f.Stats().TailReads
-	f.database.Exec(t, "NOTIFY pgbroker_services")
-	f.await("a wake-up", func() bool { return f.services.Load() > before })
-	if got := f.Stats().TailReads; got != reads {
+	reads := f.Stats().TailReads
+	const wakeUps = 10
+	for range wakeUps {
+		before := f.services.Load()
+		f.database.Exec(t, "NOTIFY pgbroker_services")
+		f.await("a wake-up", func() bool { return f.services.Load() > before })
+	}
+	// The start may still have asked for a read.
+	if got := f.Stats().TailReads; got-reads >= wakeUps/2 {
 		t.Errorf("the change log was read %d times for it", got-reads)
 	}
 }
