@@ -64,6 +64,7 @@ CREATE FUNCTION pgbroker.audit_deletes() RETURNS trigger
 DECLARE
   audited text[] := ARRAY(SELECT t.type FROM pgbroker.record_types t WHERE t.audited);
   stack   text;
+  cause   text;
 BEGIN
   IF NOT EXISTS (SELECT FROM old_rows o WHERE o.type = ANY (audited)) THEN
     RETURN NULL;
@@ -71,18 +72,17 @@ BEGIN
   -- The functions that are running tell why, innermost first. A setting would do it, too, but anybody can
   -- change a setting.
   GET DIAGNOSTICS stack = PG_CONTEXT;
+  cause := CASE
+    WHEN stack ~ '\mevict_records\('      THEN 'capacity'
+    WHEN stack ~ '\mexpire_records\('     THEN 'expiry'
+    WHEN stack ~ '\mexpire_by_ttl\('      THEN 'ttl'
+    WHEN stack ~ '\mend_idle_records\('   THEN 'idle'
+    WHEN stack ~ '\mend_excess_records\(' THEN 'limit'
+    WHEN stack ~ '\mwrite_records\('      THEN 'request'
+    ELSE 'sql'
+  END;
   INSERT INTO pgbroker.audit (cause, type, id, user_id)
-    SELECT
-      CASE
-        WHEN stack ~ '\mevict_records\('      THEN 'capacity'
-        WHEN stack ~ '\mexpire_records\('     THEN 'expiry'
-        WHEN stack ~ '\mexpire_by_ttl\('      THEN 'ttl'
-        WHEN stack ~ '\mend_idle_records\('   THEN 'idle'
-        WHEN stack ~ '\mend_excess_records\(' THEN 'limit'
-        WHEN stack ~ '\mwrite_records\('      THEN 'request'
-        ELSE 'sql'
-      END,
-      o.type, o.id, o.data ->> 'user_id'
+    SELECT cause, o.type, o.id, o.data ->> 'user_id'
     FROM old_rows o
     WHERE o.type = ANY (audited)
     ORDER BY o.type, o.id;
