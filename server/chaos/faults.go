@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"syscall"
 	"time"
@@ -211,22 +212,36 @@ func (in *injector) occupied(a *active) bool {
 	return false
 }
 
-// healDue puts right what has lasted long enough, or everything.
+// healTime is for how long it is tried to put a fault right: others may stand in the way, which are put right meanwhile.
+const healTime = 30 * time.Second
+
+// healDue puts right what has lasted long enough, or everything; what came last comes first.
 func (in *injector) healDue(all bool) {
-	var left []*active
-	for _, a := range in.active {
-		if !all && in.recorder.now() < a.until {
-			left = append(left, a)
-			continue
+	for {
+		var left []*active
+		for _, a := range slices.Backward(in.active) {
+			if !all && in.recorder.now() < a.until {
+				left = append(left, a)
+				continue
+			}
+			if err := a.heal(); err != nil {
+				if in.recorder.now() < a.until+healTime {
+					left = append(left, a)
+					continue
+				}
+				in.recorder.addLate(fmt.Sprintf("%s could not be put right: %v", in.name(a), err))
+			}
+			if a.fault.blinds {
+				in.recorder.addOutage(Outage{a.replica.number, a.fault.kind, a.since, in.recorder.now()})
+			}
 		}
-		if a.fault.blinds {
-			in.recorder.addOutage(Outage{a.replica.number, a.fault.kind, a.since, in.recorder.now()})
+		slices.Reverse(left)
+		in.active = left
+		if !all || len(left) == 0 {
+			return
 		}
-		if err := a.heal(); err != nil {
-			in.recorder.addLate(fmt.Sprintf("%s could not be put right: %v", in.name(a), err))
-		}
+		pause(context.Background(), 500*time.Millisecond)
 	}
-	in.active = left
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -344,16 +359,7 @@ func (in *injector) limitConnections(*replica) (func() error, error) {
 	if err := in.cluster.admin(ctx, `ALTER ROLE `+role+` CONNECTION LIMIT `+limit); err != nil {
 		return nil, err
 	}
-	heal := func() error {
-		var err error
-		for range 20 { // the database may be away for other reasons
-			if err = in.cluster.admin(ctx, `ALTER ROLE `+role+` CONNECTION LIMIT -1`); err == nil {
-				return nil
-			}
-			pause(ctx, 500*time.Millisecond)
-		}
-		return err
-	}
+	heal := func() error { return in.cluster.admin(ctx, `ALTER ROLE `+role+` CONNECTION LIMIT -1`) }
 	return heal, in.cluster.admin(ctx, `SELECT count(pg_terminate_backend(pid))::text FROM pg_stat_activity WHERE usename = '`+role+`'`+notThis)
 }
 
