@@ -134,6 +134,13 @@ func (f *fixture) open(recordType string) *Cursor {
 	return f.openAt(f.state.LatestVersion, recordType)
 }
 
+// follow has the feed keep the changes of all types in its ring from now on: the read under way may have begun before.
+func (f *fixture) follow() {
+	f.t.Helper()
+	f.open("")
+	f.writeType("followed", "x")
+}
+
 func (f *fixture) openAt(version int64, recordType string) *Cursor {
 	f.t.Helper()
 	c, err := f.Open(f.ctx, f.state.ServerVersion, version, recordType)
@@ -197,7 +204,8 @@ func ids(prefix string, n int) []string {
 func TestRing(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t, nil)
-	start := f.state.LatestVersion
+	f.follow()
+	start, held := f.state.LatestVersion, f.Stats().RingBytes
 	all, typed := f.open(""), f.open("t")
 	f.writeType("t", ids("a", 3)...)
 	f.writeType("other", "b")
@@ -228,7 +236,7 @@ func TestRing(t *testing.T) {
 	if f.encoded.Load() != encoded || f.Stats().TableReads != reads {
 		t.Error("reading the ring has read the table")
 	}
-	if got := f.Stats(); got.RingBytes != len(first.Changes)*(size+changeOverhead) || !got.Listening || got.Unannounced != 0 {
+	if got := f.Stats(); got.RingBytes != held+len(first.Changes)*(size+changeOverhead) || !got.Listening || got.Unannounced != 0 {
 		t.Errorf("stats: %+v", got)
 	}
 	if f.Stats().Head <= start {
@@ -267,6 +275,9 @@ func TestOnlyWhatIsFollowedIsRead(t *testing.T) {
 	if f.Stats().TableReads == reads {
 		t.Error("what was passed over did not come from the table")
 	}
+	f.writeType("other", "again") // the read under way may have begun before they were there
+	f.drain(other)
+	f.drain(all)
 	end := f.state.LatestVersion
 	f.writeType("other", "c")
 	reads = f.Stats().TableReads
@@ -278,9 +289,10 @@ func TestOnlyWhatIsFollowedIsRead(t *testing.T) {
 	if f.Stats().TableReads != reads {
 		t.Error("what is followed did not come from the ring")
 	}
-	encoded := f.encoded.Load()
 	other.Close()
 	all.Close()
+	f.writeType("other", "last") // as before
+	encoded := f.encoded.Load()
 	f.writeType("other", "d")
 	if f.encoded.Load() != encoded {
 		t.Error("a closed cursor still has its changes read")
@@ -293,6 +305,7 @@ func TestRingIsBounded(t *testing.T) {
 	t.Parallel()
 	const held = 5
 	f := newFixture(t, func(c *Config) { c.RingBytes = held * (size + changeOverhead) })
+	f.follow()
 	start := f.state.LatestVersion
 	behind := f.open("t")
 	f.write(ids("a", held)...)
@@ -325,6 +338,7 @@ func TestRingIsBounded(t *testing.T) {
 func TestOneChangeLargerThanTheRing(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t, func(c *Config) { c.RingBytes = 1 })
+	f.follow()
 	c := f.open("t")
 	f.write("a")
 	f.write("b")
