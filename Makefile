@@ -35,6 +35,26 @@ test: build ## run every test with the race detector, on a real Postgres that is
 	@CGO_ENABLED=0 go build -o bin/withpostgres ./db/dbtest/withpostgres
 	@exec bin/withpostgres -- env CGO_ENABLED=1 go test -race -timeout 14m $(TESTFLAGS)
 
+# The budget bounds all of it; shorter makes each measurement shorter.
+BENCHFLAGS ?= --budget 15m
+.PHONY: bench
+bench: build ## measure everything on a Postgres of its own, beside what is possible, and write docs/benchmarks.md
+	@.ci/need postgres
+	@bin/pgbroker bench all --report docs/benchmarks.md $(BENCHFLAGS)
+
+# What chaos is told: for how long, drawn from which seed, beside which older version, with which kinds of
+# faults (a regular expression; empty for all).
+DURATION ?= 10m
+SEED     ?= $(shell date +%s)
+PREVIOUS ?= HEAD~1
+FAULTS   ?=
+
+.PHONY: chaos
+chaos: ## inject faults at random and check all histories (DURATION=10m SEED=1 PREVIOUS=HEAD~1 FAULTS=postgres)
+	@.ci/need go postgres
+	@go test -count=1 -timeout 0 -v -run '^TestChaos$$' ./server/chaos -chaos.duration $(DURATION) -chaos.seed $(SEED) \
+		-chaos.previous '$(PREVIOUS)' -chaos.only '$(FAULTS)' -chaos.skew
+
 .PHONY: fuzz
 fuzz: ## run every fuzz target for FUZZTIME=10s; make test runs them on what is in their seed corpora
 	@.ci/need go postgres

@@ -13,7 +13,8 @@ import (
 const changesAfter = `-- name: ChangesAfter :many
 SELECT v.server_version, v.options_version, v.latest_version::bigint AS latest_version,
        coalesce(g.purged_version, 0)::bigint AS purged_version,
-       EXISTS (SELECT FROM pgbroker.epochs e WHERE e.last_version < $1 AND $1 < e.first_version)::boolean AS lost,
+       coalesce((SELECT max($1 - e.last_version) FROM pgbroker.epochs e
+                 WHERE e.last_version < $1 AND $1 < e.first_version), 0)::bigint AS lost,
        coalesce(c.version, 0)::bigint AS version, coalesce(c.type, '')::text AS type, coalesce(c.id, '')::text AS id,
        coalesce(c.changed_at, 'epoch')::timestamptz AS changed_at, coalesce(c.deleted, false)::boolean AS deleted, c.payload
 FROM pgbroker.versions v
@@ -33,18 +34,21 @@ LEFT JOIN (
     -- The fence keeps the planner from joining the whole table for a page.
     LEFT JOIN LATERAL (
       SELECT payload FROM pgbroker.records
-      WHERE records.type = l.type AND records.id = l.id AND records.version = l.version OFFSET 0
+      WHERE ($4::boolean OR l.type = ANY ($5::text[]))
+        AND records.type = l.type AND records.id = l.id AND records.version = l.version OFFSET 0
     ) r ON true
   ) p
-) c ON c.bytes_before < $4::bigint
+) c ON c.bytes_before < $6::bigint
 ORDER BY c.version
 `
 
 type ChangesAfterParams struct {
-	After    int64
-	Type     string
-	MaxRows  int32
-	MaxBytes int64
+	After        int64
+	Type         string
+	MaxRows      int32
+	AllPayloads  bool
+	PayloadTypes []string
+	MaxBytes     int64
 }
 
 type ChangesAfterRow struct {
@@ -52,7 +56,7 @@ type ChangesAfterRow struct {
 	OptionsVersion int64
 	LatestVersion  int64
 	PurgedVersion  int64
-	Lost           bool
+	Lost           int64
 	Version        int64
 	Type           string
 	ID             string
@@ -64,12 +68,14 @@ type ChangesAfterRow struct {
 // What follows a version in the change log, of one type or (”) of all: up to max_rows changes and, after
 // the first, up to max_bytes of payload. At least one row, without a change (version 0) if nothing follows.
 // latest_version is the end of the log in the same snapshot; purged_version the highest tombstone that is
-// missing from it: a reader below that may have missed a deletion. lost says that a failover or restore has
-// undone the version read from.
+// missing from it: a reader below that may have missed a deletion. lost is how many versions, up to the one
+// read from, a failover or restore has undone; 0 if that one is there. Without all_payloads only
+// changes of payload_types come with theirs.
 //
 //	SELECT v.server_version, v.options_version, v.latest_version::bigint AS latest_version,
 //	       coalesce(g.purged_version, 0)::bigint AS purged_version,
-//	       EXISTS (SELECT FROM pgbroker.epochs e WHERE e.last_version < $1 AND $1 < e.first_version)::boolean AS lost,
+//	       coalesce((SELECT max($1 - e.last_version) FROM pgbroker.epochs e
+//	                 WHERE e.last_version < $1 AND $1 < e.first_version), 0)::bigint AS lost,
 //	       coalesce(c.version, 0)::bigint AS version, coalesce(c.type, '')::text AS type, coalesce(c.id, '')::text AS id,
 //	       coalesce(c.changed_at, 'epoch')::timestamptz AS changed_at, coalesce(c.deleted, false)::boolean AS deleted, c.payload
 //	FROM pgbroker.versions v
@@ -89,16 +95,19 @@ type ChangesAfterRow struct {
 //	    -- The fence keeps the planner from joining the whole table for a page.
 //	    LEFT JOIN LATERAL (
 //	      SELECT payload FROM pgbroker.records
-//	      WHERE records.type = l.type AND records.id = l.id AND records.version = l.version OFFSET 0
+//	      WHERE ($4::boolean OR l.type = ANY ($5::text[]))
+//	        AND records.type = l.type AND records.id = l.id AND records.version = l.version OFFSET 0
 //	    ) r ON true
 //	  ) p
-//	) c ON c.bytes_before < $4::bigint
+//	) c ON c.bytes_before < $6::bigint
 //	ORDER BY c.version
 func (q *Queries) ChangesAfter(ctx context.Context, arg ChangesAfterParams) ([]ChangesAfterRow, error) {
 	rows, err := q.db.Query(ctx, changesAfter,
 		arg.After,
 		arg.Type,
 		arg.MaxRows,
+		arg.AllPayloads,
+		arg.PayloadTypes,
 		arg.MaxBytes,
 	)
 	if err != nil {

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -384,7 +385,12 @@ func TestErrors(t *testing.T) {
 		{&pgconn.PgError{Code: "25006"}, true, true},
 		{&pgconn.PgError{Code: "40001"}, false, true},
 		{&pgconn.PgError{Code: "40P01"}, false, true},
+		{&pgconn.PgError{Code: "53100"}, true, false},
 		{&pgconn.PgError{Code: "53300"}, true, false},
+		{&pgconn.PgError{Code: "58030"}, true, false},
+		{&pgconn.PgError{Code: "XX000", SeverityUnlocalized: "ERROR"}, false, false},
+		{&pgconn.PgError{Code: "XX000", SeverityUnlocalized: "FATAL"}, true, false},
+		{&pgconn.PgError{Code: "XX000", SeverityUnlocalized: "PANIC"}, true, false},
 		{&pgconn.PgError{Code: "57P01"}, true, false},
 		{&pgconn.PgError{Code: "57P02"}, true, false},
 		{&pgconn.PgError{Code: "57P03"}, true, false},
@@ -453,5 +459,39 @@ func TestListen(t *testing.T) {
 	}
 	if got := d.ConnConfig().Database; got != other.Name {
 		t.Errorf("ConnConfig: got database %s, want %s", got, other.Name)
+	}
+}
+
+// A server that has gone without a word, so that connections to it stay open and silent: a statement is
+// given up, also one without a deadline, and with it the pool.
+func TestNoAnswer(t *testing.T) {
+	t.Parallel()
+	p := dbtest.Server(t, nil)
+	d, log := open(t, db.Config{ConnString: p.ConnString(), StatementTimeout: 200 * time.Millisecond})
+	held, err := d.Acquire(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var frozen int
+	if err := held.QueryRow(t.Context(), "SELECT pg_backend_pid()").Scan(&frozen); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(frozen, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := syscall.Kill(frozen, syscall.SIGCONT); err != nil {
+			t.Error(err)
+		}
+	}()
+	ctx, cancel := context.WithCancel(t.Context()) // no deadline, which would be heeded
+	defer time.AfterFunc(patience, cancel).Stop()
+	_, err = held.Exec(ctx, "SELECT 1")
+	held.Release()
+	if !errors.Is(err, context.DeadlineExceeded) || d.Resets() != 1 || !strings.Contains(log.String(), "does not answer") {
+		t.Errorf("got %v and %d resets, want a deadline and one reset:\n%s", err, d.Resets(), log)
+	}
+	if pid := get[int](t, d, "SELECT pg_backend_pid()"); pid == frozen {
+		t.Error("the connection that does not answer is used again")
 	}
 }

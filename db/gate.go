@@ -23,7 +23,7 @@ const (
 	dialPatience = time.Second
 
 	dialBackoffMin = 50 * time.Millisecond
-	dialBackoffMax = 5 * time.Second
+	dialBackoffMax = time.Second // the most that a server which is back may wait for us
 )
 
 // gate lets few dials through at a time, and after failures fewer and fewer.

@@ -75,8 +75,8 @@ func TestGateBacksOff(t *testing.T) {
 			})
 		}
 		wg.Wait()
-		// With 5 s between attempts there would be about a dozen.
-		if n := dials.Load(); n < 8 || n > 60 {
+		// A second between attempts, dialLimit of them at a time.
+		if n := dials.Load(); n < 40 || n > 180 {
 			t.Errorf("%d dials in an outage of %v", n, outage)
 		}
 		if refusals.Load() == 0 {

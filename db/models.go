@@ -3,3 +3,39 @@
 //   sqlc v1.31.1
 
 package db
+
+import (
+	"time"
+)
+
+// Record types whose existing records are to be projected again, and how far that has come: one replica at a time works on it.
+type PgbrokerReprojection struct {
+	// Record type.
+	Type string
+	// schema_state.version by which.
+	SchemaVersion int64
+	// Records with lower ids are done.
+	NextID string
+}
+
+// Message types that users have added, with `pgbroker schema add`: replicas project, filter and patch records of them.
+type PgbrokerSchema struct {
+	// Name of the set, for people.
+	Name string
+	// Serialized google.protobuf.FileDescriptorSet.
+	DescriptorSet []byte
+	// When the set was first added.
+	AddedAt time.Time
+	// When it was last replaced.
+	ModifiedAt time.Time
+}
+
+// Every field that projections leave out.
+type PgbrokerSecretField struct {
+	// Full name of the message that declares the field.
+	Message string
+	// Name of the field, as in the proto file.
+	Field string
+	// Whether the descriptor marks it; otherwise a row of redacted_fields does.
+	Declared bool
+}

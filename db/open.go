@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -47,7 +48,9 @@ type Config struct {
 
 	// StatementTimeout ends statements that take longer. Zero: 8 s, which is
 	// less than clients wait, so that they learn what is wrong. Negative: what
-	// the server has set.
+	// the server has set. A server that has not even said that by half as much
+	// again is out of reach: then a statement without a deadline of its own
+	// fails, and the pool is given up.
 	StatementTimeout time.Duration
 
 	// LockTimeout ends statements that wait for a lock longer. Zero: 5 s.
@@ -108,6 +111,7 @@ type DB struct {
 	log      *slog.Logger
 	main     *source
 	listener *source // the same as main, or another
+	fence    *fence
 
 	generation atomic.Int64 // counts resets; a connection knows its own
 	mu         sync.Mutex   // protects lastReset
@@ -122,6 +126,7 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 	if d.log == nil {
 		d.log = slog.New(slog.DiscardHandler)
 	}
+	d.fence = newFence(d.log, d.leave)
 	switch {
 	case cfg.MaxConns < 0 || cfg.MaxConns > 1e6:
 		return nil, fmt.Errorf("db: maximum of connections: got %d, allowed 0 (default) to 1000000", cfg.MaxConns)
@@ -158,7 +163,8 @@ func (d *DB) beforeConnect(ctx context.Context, cfg *pgx.ConnConfig) error {
 		return err
 	}
 	*cfg = *d.main.current()
-	cfg.Tracer = &connTracer{db: d, generation: d.generation.Load()}
+	d.fence.guard(cfg)
+	cfg.Tracer = &connTracer{db: d, generation: d.generation.Load(), answerTime: answerTime(cfg)}
 	return nil
 }
 
@@ -172,6 +178,7 @@ func (d *DB) Listen(ctx context.Context) (*pgx.Conn, error) {
 	if !d.listener.named {
 		cfg.RuntimeParams["application_name"] += "-listener"
 	}
+	d.fence.guard(cfg)
 	conn, err := pgx.ConnectConfig(ctx, cfg)
 	d.listener.gate.leave(err)
 	return conn, err
@@ -183,6 +190,26 @@ func (d *DB) ConnConfig() *pgx.ConnConfig { return d.listener.current() }
 
 // Resets returns how often the pool has given up all of its connections.
 func (d *DB) Resets() int64 { return d.generation.Load() }
+
+// Refused returns how many connections were given up because they led to a
+// server that is behind one that has been seen. Errors of such attempts wrap a
+// *PastError.
+func (d *DB) Refused() int64 { return d.fence.refused.Load() }
+
+// Timeline returns the timeline of the server in use, 0 if that is not known.
+func (d *DB) Timeline() int64 { return d.fence.timeline.Load() }
+
+// Settle makes sure that the server that connections lead to now is not behind
+// one that has been seen, and that its epoch has begun. Each new connection is
+// checked by itself; behind a pooler the server can change without one.
+func (d *DB) Settle(ctx context.Context) error {
+	conn, err := d.Acquire(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Release()
+	return d.fence.check(ctx, conn.Conn().PgConn())
+}
 
 // Close closes all connections of the pool, when those in use are released.
 func (d *DB) Close() { d.Pool.Close() }
@@ -205,11 +232,22 @@ func (d *DB) stale(generation int64, reason error) {
 	d.log.Warn("gave up all connections to postgres", "reason", reason)
 }
 
+// leave is told that a newer server than the one in use was found: whatever
+// the pool holds is closed already.
+func (d *DB) leave() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.lastReset = time.Now()
+	d.generation.Add(1)
+	d.Pool.Reset()
+}
+
 // connTracer watches one connection of the pool. It sees every error, those
 // inside transactions and batches included.
 type connTracer struct {
 	db         *DB
 	generation int64
+	answerTime time.Duration
 }
 
 var (
@@ -218,6 +256,44 @@ var (
 	_ pgx.CopyFromTracer = (*connTracer)(nil)
 	_ pgx.ConnectTracer  = (*connTracer)(nil)
 )
+
+// errNoAnswer is why a statement without a deadline of its own is given up.
+var errNoAnswer = errors.New("the server does not answer")
+
+// answerTime returns how long a statement may go without an answer, which a
+// server that can be reached gives within the statement timeout; 0 is for ever.
+func answerTime(cfg *pgx.ConnConfig) time.Duration {
+	milliseconds, err := strconv.Atoi(cfg.RuntimeParams["statement_timeout"])
+	if err != nil {
+		return 0 // none, or one in another notation, from the connection string
+	}
+	return time.Duration(milliseconds) * time.Millisecond * 3 / 2
+}
+
+// boundKey is where a context has the function that releases its timer.
+type boundKey struct{}
+
+// bound gives a statement a deadline if it has none. Without one it would wait
+// for as long as TCP does for a server that has gone without a word.
+func (t *connTracer) bound(ctx context.Context) context.Context {
+	if _, bounded := ctx.Deadline(); bounded || t.answerTime == 0 {
+		return ctx
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, t.answerTime, errNoAnswer)
+	return context.WithValue(ctx, boundKey{}, cancel)
+}
+
+// release ends what bound began.
+func (t *connTracer) release(ctx context.Context, err error) {
+	cancel, bounded := ctx.Value(boundKey{}).(context.CancelFunc)
+	if !bounded {
+		return
+	}
+	if err != nil && errors.Is(context.Cause(ctx), errNoAnswer) {
+		t.db.stale(t.generation, errNoAnswer)
+	}
+	cancel()
+}
 
 func (t *connTracer) see(ctx context.Context, err error) {
 	// A context that ends breaks its connection, and what uses the connection
@@ -232,12 +308,13 @@ func (t *connTracer) see(ctx context.Context, err error) {
 
 // TraceQueryStart implements pgx.QueryTracer.
 func (t *connTracer) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQueryStartData) context.Context {
-	return ctx
+	return t.bound(ctx)
 }
 
 // TraceQueryEnd implements pgx.QueryTracer.
 func (t *connTracer) TraceQueryEnd(ctx context.Context, _ *pgx.Conn, data pgx.TraceQueryEndData) {
 	t.see(ctx, data.Err)
+	t.release(ctx, data.Err)
 }
 
 // TraceBatchStart implements pgx.BatchTracer.

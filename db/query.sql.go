@@ -556,3 +556,15 @@ func (q *Queries) QueryType(ctx context.Context, arg QueryTypeParams) ([]QueryTy
 	}
 	return items, nil
 }
+
+const scanInParallel = `-- name: ScanInParallel :exec
+SELECT set_config('max_parallel_workers_per_gather', '2', true)
+`
+
+// Lets what follows in the transaction use two more processes.
+//
+//	SELECT set_config('max_parallel_workers_per_gather', '2', true)
+func (q *Queries) ScanInParallel(ctx context.Context) error {
+	_, err := q.db.Exec(ctx, scanInParallel)
+	return err
+}

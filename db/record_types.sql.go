@@ -7,7 +7,6 @@ package db
 
 import (
 	"context"
-
 	"time"
 )
 
@@ -118,23 +117,157 @@ func (q *Queries) OptionsSet(ctx context.Context, arg OptionsSetParams) (Options
 
 const typeIndexed = `-- name: TypeIndexed :exec
 UPDATE pgbroker.record_types
-SET indexed_fields = ARRAY(SELECT DISTINCT f FROM unnest(indexed_fields || $1::text[]) AS f ORDER BY f)
-WHERE type = $2
+SET indexed_fields = ARRAY(SELECT DISTINCT f FROM unnest(indexed_fields || $1::text[]) AS f ORDER BY f),
+    expiry_applied = $2::text
+WHERE type = $3
 `
 
 type TypeIndexedParams struct {
-	Fields []string
-	Type   string
+	Fields      []string
+	ExpiryField *string
+	Type        string
 }
 
-// Notes that every record of a type is indexed by the given fields.
+// Notes that every record of a type is indexed by the given fields, and expires by the given one.
 //
 //	UPDATE pgbroker.record_types
-//	SET indexed_fields = ARRAY(SELECT DISTINCT f FROM unnest(indexed_fields || $1::text[]) AS f ORDER BY f)
-//	WHERE type = $2
+//	SET indexed_fields = ARRAY(SELECT DISTINCT f FROM unnest(indexed_fields || $1::text[]) AS f ORDER BY f),
+//	    expiry_applied = $2::text
+//	WHERE type = $3
 func (q *Queries) TypeIndexed(ctx context.Context, arg TypeIndexedParams) error {
-	_, err := q.db.Exec(ctx, typeIndexed, arg.Fields, arg.Type)
+	_, err := q.db.Exec(ctx, typeIndexed, arg.Fields, arg.ExpiryField, arg.Type)
 	return err
+}
+
+const typeSetAudited = `-- name: TypeSetAudited :exec
+SELECT pgbroker.set_audited($1, $2::boolean)
+`
+
+type TypeSetAuditedParams struct {
+	Type    string
+	Audited bool
+}
+
+// TypeSetAudited
+//
+//	SELECT pgbroker.set_audited($1, $2::boolean)
+func (q *Queries) TypeSetAudited(ctx context.Context, arg TypeSetAuditedParams) error {
+	_, err := q.db.Exec(ctx, typeSetAudited, arg.Type, arg.Audited)
+	return err
+}
+
+const typeSetExpiry = `-- name: TypeSetExpiry :exec
+SELECT pgbroker.set_expiry($1, $2::text)
+`
+
+type TypeSetExpiryParams struct {
+	Type  string
+	Field *string
+}
+
+// TypeSetExpiry
+//
+//	SELECT pgbroker.set_expiry($1, $2::text)
+func (q *Queries) TypeSetExpiry(ctx context.Context, arg TypeSetExpiryParams) error {
+	_, err := q.db.Exec(ctx, typeSetExpiry, arg.Type, arg.Field)
+	return err
+}
+
+const typeSetIdleTimeout = `-- name: TypeSetIdleTimeout :exec
+SELECT pgbroker.set_idle_timeout($1, $2::interval)
+`
+
+type TypeSetIdleTimeoutParams struct {
+	Type    string
+	Timeout *time.Duration
+}
+
+// TypeSetIdleTimeout
+//
+//	SELECT pgbroker.set_idle_timeout($1, $2::interval)
+func (q *Queries) TypeSetIdleTimeout(ctx context.Context, arg TypeSetIdleTimeoutParams) error {
+	_, err := q.db.Exec(ctx, typeSetIdleTimeout, arg.Type, arg.Timeout)
+	return err
+}
+
+const typeSetUserLimit = `-- name: TypeSetUserLimit :exec
+SELECT pgbroker.set_user_limit($1, $2::integer)
+`
+
+type TypeSetUserLimitParams struct {
+	Type    string
+	Records *int32
+}
+
+// TypeSetUserLimit
+//
+//	SELECT pgbroker.set_user_limit($1, $2::integer)
+func (q *Queries) TypeSetUserLimit(ctx context.Context, arg TypeSetUserLimitParams) error {
+	_, err := q.db.Exec(ctx, typeSetUserLimit, arg.Type, arg.Records)
+	return err
+}
+
+const typeSummary = `-- name: TypeSummary :many
+SELECT s.name::text AS name, s.records, coalesce(s.written_at, 'epoch')::timestamptz AS written_at, s.capacity, s.ttl, s.expiry_field, s.idle_timeout, s.user_limit, s.audited,
+       s.looked_up_by::text[] AS looked_up_by, s.up_to_date::boolean AS up_to_date, s.type
+FROM pgbroker.type_summary s
+WHERE $1::text = '' OR s.type = pgbroker.type_named($1::text)
+ORDER BY s.type
+`
+
+type TypeSummaryRow struct {
+	Name        string
+	Records     int64
+	WrittenAt   time.Time
+	Capacity    *int64
+	TTL         *time.Duration
+	ExpiryField *string
+	IdleTimeout *time.Duration
+	UserLimit   *int32
+	Audited     bool
+	LookedUpBy  []string
+	UpToDate    bool
+	Type        string
+}
+
+// Every type, or the one that a person means; written_at is the epoch where nothing was written yet.
+//
+//	SELECT s.name::text AS name, s.records, coalesce(s.written_at, 'epoch')::timestamptz AS written_at, s.capacity, s.ttl, s.expiry_field, s.idle_timeout, s.user_limit, s.audited,
+//	       s.looked_up_by::text[] AS looked_up_by, s.up_to_date::boolean AS up_to_date, s.type
+//	FROM pgbroker.type_summary s
+//	WHERE $1::text = '' OR s.type = pgbroker.type_named($1::text)
+//	ORDER BY s.type
+func (q *Queries) TypeSummary(ctx context.Context, type_ string) ([]TypeSummaryRow, error) {
+	rows, err := q.db.Query(ctx, typeSummary, type_)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []TypeSummaryRow
+	for rows.Next() {
+		var i TypeSummaryRow
+		if err := rows.Scan(
+			&i.Name,
+			&i.Records,
+			&i.WrittenAt,
+			&i.Capacity,
+			&i.TTL,
+			&i.ExpiryField,
+			&i.IdleTimeout,
+			&i.UserLimit,
+			&i.Audited,
+			&i.LookedUpBy,
+			&i.UpToDate,
+			&i.Type,
+		); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
 }
 
 const typesList = `-- name: TypesList :many
@@ -165,19 +298,20 @@ func (q *Queries) TypesList(ctx context.Context) ([]string, error) {
 }
 
 const typesToReindex = `-- name: TypesToReindex :many
-SELECT type, projected_fields FROM pgbroker.record_types
-WHERE NOT projected_fields <@ indexed_fields ORDER BY type
+SELECT type, projected_fields, expiry_field FROM pgbroker.record_types
+WHERE NOT projected_fields <@ indexed_fields OR expiry_field IS DISTINCT FROM expiry_applied ORDER BY type
 `
 
 type TypesToReindexRow struct {
 	Type            string
 	ProjectedFields []string
+	ExpiryField     *string
 }
 
-// Types with fields that not every record is indexed by.
+// Types with fields that not every record is indexed by, or of which the expiry is not computed everywhere.
 //
-//	SELECT type, projected_fields FROM pgbroker.record_types
-//	WHERE NOT projected_fields <@ indexed_fields ORDER BY type
+//	SELECT type, projected_fields, expiry_field FROM pgbroker.record_types
+//	WHERE NOT projected_fields <@ indexed_fields OR expiry_field IS DISTINCT FROM expiry_applied ORDER BY type
 func (q *Queries) TypesToReindex(ctx context.Context) ([]TypesToReindexRow, error) {
 	rows, err := q.db.Query(ctx, typesToReindex)
 	if err != nil {
@@ -187,7 +321,41 @@ func (q *Queries) TypesToReindex(ctx context.Context) ([]TypesToReindexRow, erro
 	var items []TypesToReindexRow
 	for rows.Next() {
 		var i TypesToReindexRow
-		if err := rows.Scan(&i.Type, &i.ProjectedFields); err != nil {
+		if err := rows.Scan(&i.Type, &i.ProjectedFields, &i.ExpiryField); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
+const typesWithIdleTimeout = `-- name: TypesWithIdleTimeout :many
+SELECT type, make_interval(secs => extract(epoch FROM idle_timeout))::interval AS idle_timeout FROM pgbroker.record_types
+WHERE idle_timeout IS NOT NULL AND record_count > 0 ORDER BY type
+`
+
+type TypesWithIdleTimeoutRow struct {
+	Type        string
+	IdleTimeout time.Duration
+}
+
+// TypesWithIdleTimeout
+//
+//	SELECT type, make_interval(secs => extract(epoch FROM idle_timeout))::interval AS idle_timeout FROM pgbroker.record_types
+//	WHERE idle_timeout IS NOT NULL AND record_count > 0 ORDER BY type
+func (q *Queries) TypesWithIdleTimeout(ctx context.Context) ([]TypesWithIdleTimeoutRow, error) {
+	rows, err := q.db.Query(ctx, typesWithIdleTimeout)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []TypesWithIdleTimeoutRow
+	for rows.Next() {
+		var i TypesWithIdleTimeoutRow
+		if err := rows.Scan(&i.Type, &i.IdleTimeout); err != nil {
 			return nil, err
 		}
 		items = append(items, i)
@@ -218,6 +386,40 @@ func (q *Queries) TypesWithTTL(ctx context.Context) ([]string, error) {
 			return nil, err
 		}
 		items = append(items, type_)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
+const typesWithUserLimit = `-- name: TypesWithUserLimit :many
+SELECT type, user_limit::integer AS user_limit FROM pgbroker.record_types
+WHERE user_limit IS NOT NULL AND record_count > 0 AND 'user_id' = ANY (indexed_fields) ORDER BY type
+`
+
+type TypesWithUserLimitRow struct {
+	Type      string
+	UserLimit int32
+}
+
+// Types with a limit for each user, once every record can be found by its user.
+//
+//	SELECT type, user_limit::integer AS user_limit FROM pgbroker.record_types
+//	WHERE user_limit IS NOT NULL AND record_count > 0 AND 'user_id' = ANY (indexed_fields) ORDER BY type
+func (q *Queries) TypesWithUserLimit(ctx context.Context) ([]TypesWithUserLimitRow, error) {
+	rows, err := q.db.Query(ctx, typesWithUserLimit)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []TypesWithUserLimitRow
+	for rows.Next() {
+		var i TypesWithUserLimitRow
+		if err := rows.Scan(&i.Type, &i.UserLimit); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
 	}
 	if err := rows.Err(); err != nil {
 		return nil, err

@@ -78,64 +78,166 @@ func (q *Queries) RecordsClear(ctx context.Context) error {
 	return err
 }
 
-const recordsExpire = `-- name: RecordsExpire :execrows
-DELETE FROM pgbroker.records
-WHERE (type, id) IN (
-  SELECT r.type, r.id FROM pgbroker.records r
-  WHERE r.expires_at <= clock_timestamp()
-  ORDER BY r.expires_at LIMIT $1)
+const recordsEndExcess = `-- name: RecordsEndExcess :one
+SELECT pgbroker.end_excess_records($1, $2::text[], $3::bigint[])::bigint AS ended
+`
+
+type RecordsEndExcessParams struct {
+	Type     string
+	IDs      []string
+	Versions []int64
+}
+
+// RecordsEndExcess
+//
+//	SELECT pgbroker.end_excess_records($1, $2::text[], $3::bigint[])::bigint AS ended
+func (q *Queries) RecordsEndExcess(ctx context.Context, arg RecordsEndExcessParams) (int64, error) {
+	row := q.db.QueryRow(ctx, recordsEndExcess, arg.Type, arg.IDs, arg.Versions)
+	var ended int64
+	err := row.Scan(&ended)
+	return ended, err
+}
+
+const recordsEndIdle = `-- name: RecordsEndIdle :one
+SELECT pgbroker.end_idle_records($1, $2::text[], $3::bigint[])::bigint AS ended
+`
+
+type RecordsEndIdleParams struct {
+	Type     string
+	IDs      []string
+	Versions []int64
+}
+
+// RecordsEndIdle
+//
+//	SELECT pgbroker.end_idle_records($1, $2::text[], $3::bigint[])::bigint AS ended
+func (q *Queries) RecordsEndIdle(ctx context.Context, arg RecordsEndIdleParams) (int64, error) {
+	row := q.db.QueryRow(ctx, recordsEndIdle, arg.Type, arg.IDs, arg.Versions)
+	var ended int64
+	err := row.Scan(&ended)
+	return ended, err
+}
+
+const recordsExcess = `-- name: RecordsExcess :one
+WITH page AS MATERIALIZED (
+  SELECT c.version, c.id FROM pgbroker.changes c
+  WHERE c.type = $2 AND NOT c.deleted AND c.version > $1
+  ORDER BY c.version LIMIT $3
+),
+owners AS MATERIALIZED (
+  SELECT DISTINCT r.index_fields -> 'user_id' AS user_id
+  FROM page p
+  JOIN pgbroker.records r ON r.type = $2 AND r.id = p.id
+  WHERE r.index_fields ? 'user_id'
+),
+ranked AS (
+  SELECT r.id, r.version, t.user_limit,
+         row_number() OVER (
+           PARTITION BY o.user_id ORDER BY pgbroker.parse_time(r.data ->> 'issued_at') DESC NULLS LAST, r.version DESC) AS place
+  FROM pgbroker.record_types t
+  CROSS JOIN owners o
+  -- The fence keeps the planner from joining the whole table.
+  CROSS JOIN LATERAL (
+    SELECT type, id, version, modified_at, expires_at, index_cidr, index_fields, payload, data, search_text FROM pgbroker.records
+    WHERE records.type = $2 AND records.index_fields @> jsonb_build_object('user_id', o.user_id) OFFSET 0
+  ) r
+  WHERE t.type = $2
+)
+SELECT (SELECT coalesce(max(p.version), $1) AS version FROM page p)::bigint AS last_version,
+       (SELECT count(*) AS n FROM page p)::bigint AS seen,
+       coalesce(array_agg(k.id) FILTER (WHERE k.place > k.user_limit), '{}')::text[] AS ids,
+       coalesce(array_agg(k.version) FILTER (WHERE k.place > k.user_limit), '{}')::bigint[] AS versions
+FROM ranked k
+`
+
+type RecordsExcessParams struct {
+	AfterVersion int64
+	Type         string
+	MaxRows      int32
+}
+
+type RecordsExcessRow struct {
+	LastVersion int64
+	Seen        int64
+	IDs         []string
+	Versions    []int64
+}
+
+// Which records are above the limit of their user, of the users with a record in the next page of the change
+// log: whoever has not got a new one is not above it.
+//
+//	WITH page AS MATERIALIZED (
+//	  SELECT c.version, c.id FROM pgbroker.changes c
+//	  WHERE c.type = $2 AND NOT c.deleted AND c.version > $1
+//	  ORDER BY c.version LIMIT $3
+//	),
+//	owners AS MATERIALIZED (
+//	  SELECT DISTINCT r.index_fields -> 'user_id' AS user_id
+//	  FROM page p
+//	  JOIN pgbroker.records r ON r.type = $2 AND r.id = p.id
+//	  WHERE r.index_fields ? 'user_id'
+//	),
+//	ranked AS (
+//	  SELECT r.id, r.version, t.user_limit,
+//	         row_number() OVER (
+//	           PARTITION BY o.user_id ORDER BY pgbroker.parse_time(r.data ->> 'issued_at') DESC NULLS LAST, r.version DESC) AS place
+//	  FROM pgbroker.record_types t
+//	  CROSS JOIN owners o
+//	  -- The fence keeps the planner from joining the whole table.
+//	  CROSS JOIN LATERAL (
+//	    SELECT type, id, version, modified_at, expires_at, index_cidr, index_fields, payload, data, search_text FROM pgbroker.records
+//	    WHERE records.type = $2 AND records.index_fields @> jsonb_build_object('user_id', o.user_id) OFFSET 0
+//	  ) r
+//	  WHERE t.type = $2
+//	)
+//	SELECT (SELECT coalesce(max(p.version), $1) AS version FROM page p)::bigint AS last_version,
+//	       (SELECT count(*) AS n FROM page p)::bigint AS seen,
+//	       coalesce(array_agg(k.id) FILTER (WHERE k.place > k.user_limit), '{}')::text[] AS ids,
+//	       coalesce(array_agg(k.version) FILTER (WHERE k.place > k.user_limit), '{}')::bigint[] AS versions
+//	FROM ranked k
+func (q *Queries) RecordsExcess(ctx context.Context, arg RecordsExcessParams) (RecordsExcessRow, error) {
+	row := q.db.QueryRow(ctx, recordsExcess, arg.AfterVersion, arg.Type, arg.MaxRows)
+	var i RecordsExcessRow
+	err := row.Scan(
+		&i.LastVersion,
+		&i.Seen,
+		&i.IDs,
+		&i.Versions,
+	)
+	return i, err
+}
+
+const recordsExpire = `-- name: RecordsExpire :one
+SELECT pgbroker.expire_records($1)::bigint AS ended
 `
 
 // Deletes records whose own expiry time has passed, the longest expired first.
 //
-//	DELETE FROM pgbroker.records
-//	WHERE (type, id) IN (
-//	  SELECT r.type, r.id FROM pgbroker.records r
-//	  WHERE r.expires_at <= clock_timestamp()
-//	  ORDER BY r.expires_at LIMIT $1)
-func (q *Queries) RecordsExpire(ctx context.Context, maxRows int32) (int64, error) {
-	result, err := q.db.Exec(ctx, recordsExpire, maxRows)
-	if err != nil {
-		return 0, err
-	}
-	return result.RowsAffected(), nil
+//	SELECT pgbroker.expire_records($1)::bigint AS ended
+func (q *Queries) RecordsExpire(ctx context.Context, maxRows int64) (int64, error) {
+	row := q.db.QueryRow(ctx, recordsExpire, maxRows)
+	var ended int64
+	err := row.Scan(&ended)
+	return ended, err
 }
 
-const recordsExpireByTTL = `-- name: RecordsExpireByTTL :execrows
-DELETE FROM pgbroker.records
-WHERE (type, id) IN (
-  SELECT o.type, o.id
-  FROM (
-    SELECT c.type, c.id, c.changed_at FROM pgbroker.changes c
-    WHERE c.type = $1 AND NOT c.deleted
-    ORDER BY c.version LIMIT $2
-  ) o
-  WHERE o.changed_at < clock_timestamp() - (SELECT t.ttl FROM pgbroker.record_types t WHERE t.type = $1))
+const recordsExpireByTTL = `-- name: RecordsExpireByTTL :one
+SELECT pgbroker.expire_by_ttl($1, $2)::bigint AS ended
 `
 
 type RecordsExpireByTTLParams struct {
 	Type    string
-	MaxRows int32
+	MaxRows int64
 }
 
-// Deletes records of a type that have not been written for longer than its TTL. Versions ascend with
-// time, so only the least recently written ones are looked at.
+// Deletes records of a type that have not been written for longer than its TTL.
 //
-//	DELETE FROM pgbroker.records
-//	WHERE (type, id) IN (
-//	  SELECT o.type, o.id
-//	  FROM (
-//	    SELECT c.type, c.id, c.changed_at FROM pgbroker.changes c
-//	    WHERE c.type = $1 AND NOT c.deleted
-//	    ORDER BY c.version LIMIT $2
-//	  ) o
-//	  WHERE o.changed_at < clock_timestamp() - (SELECT t.ttl FROM pgbroker.record_types t WHERE t.type = $1))
+//	SELECT pgbroker.expire_by_ttl($1, $2)::bigint AS ended
 func (q *Queries) RecordsExpireByTTL(ctx context.Context, arg RecordsExpireByTTLParams) (int64, error) {
-	result, err := q.db.Exec(ctx, recordsExpireByTTL, arg.Type, arg.MaxRows)
-	if err != nil {
-		return 0, err
-	}
-	return result.RowsAffected(), nil
+	row := q.db.QueryRow(ctx, recordsExpireByTTL, arg.Type, arg.MaxRows)
+	var ended int64
+	err := row.Scan(&ended)
+	return ended, err
 }
 
 const recordsGet = `-- name: RecordsGet :many
@@ -186,6 +288,67 @@ func (q *Queries) RecordsGet(ctx context.Context, arg RecordsGetParams) ([]Recor
 		return nil, err
 	}
 	return items, nil
+}
+
+const recordsIdle = `-- name: RecordsIdle :one
+SELECT coalesce(max(p.id), '')::text AS last_id, count(*) AS seen,
+       coalesce(array_agg(p.id) FILTER (WHERE p.idle), '{}')::text[] AS ids,
+       coalesce(array_agg(p.version) FILTER (WHERE p.idle), '{}')::bigint[] AS versions
+FROM (
+  SELECT r.id, r.version,
+         coalesce(pgbroker.parse_time(r.data ->> 'accessed_at'), pgbroker.parse_time(r.data ->> 'issued_at'), r.modified_at)
+           < clock_timestamp() - t.idle_timeout AS idle
+  FROM pgbroker.record_types t
+  CROSS JOIN LATERAL (
+    SELECT type, id, version, modified_at, expires_at, index_cidr, index_fields, payload, data, search_text FROM pgbroker.records
+    WHERE records.type = $1 AND records.id > $2::text
+    ORDER BY records.id LIMIT $3
+  ) r
+  WHERE t.type = $1
+) p
+`
+
+type RecordsIdleParams struct {
+	Type    string
+	AfterID string
+	MaxRows int32
+}
+
+type RecordsIdleRow struct {
+	LastID   string
+	Seen     int64
+	IDs      []string
+	Versions []int64
+}
+
+// Which records of a page, in the order of ids, have not been used for longer than their type allows. The
+// last id is that of the page. There is no index on accessed_at, which would make every write of it dearer.
+//
+//	SELECT coalesce(max(p.id), '')::text AS last_id, count(*) AS seen,
+//	       coalesce(array_agg(p.id) FILTER (WHERE p.idle), '{}')::text[] AS ids,
+//	       coalesce(array_agg(p.version) FILTER (WHERE p.idle), '{}')::bigint[] AS versions
+//	FROM (
+//	  SELECT r.id, r.version,
+//	         coalesce(pgbroker.parse_time(r.data ->> 'accessed_at'), pgbroker.parse_time(r.data ->> 'issued_at'), r.modified_at)
+//	           < clock_timestamp() - t.idle_timeout AS idle
+//	  FROM pgbroker.record_types t
+//	  CROSS JOIN LATERAL (
+//	    SELECT type, id, version, modified_at, expires_at, index_cidr, index_fields, payload, data, search_text FROM pgbroker.records
+//	    WHERE records.type = $1 AND records.id > $2::text
+//	    ORDER BY records.id LIMIT $3
+//	  ) r
+//	  WHERE t.type = $1
+//	) p
+func (q *Queries) RecordsIdle(ctx context.Context, arg RecordsIdleParams) (RecordsIdleRow, error) {
+	row := q.db.QueryRow(ctx, recordsIdle, arg.Type, arg.AfterID, arg.MaxRows)
+	var i RecordsIdleRow
+	err := row.Scan(
+		&i.LastID,
+		&i.Seen,
+		&i.IDs,
+		&i.Versions,
+	)
+	return i, err
 }
 
 const recordsLock = `-- name: RecordsLock :exec
@@ -353,7 +516,8 @@ func (q *Queries) RecordsPageOfType(ctx context.Context, arg RecordsPageOfTypePa
 
 const recordsReindex = `-- name: RecordsReindex :many
 UPDATE pgbroker.records r
-SET index_fields = pgbroker.index_terms(r.data, t.projected_fields)
+SET index_fields = CASE WHEN t.projected_fields <> '{}' THEN pgbroker.index_terms(r.data, t.projected_fields) END,
+    expires_at = pgbroker.parse_time(r.data #>> string_to_array(t.expiry_field, '.'))
 FROM pgbroker.record_types t
 WHERE t.type = $1 AND r.type = $1
   AND r.id IN (
@@ -369,10 +533,12 @@ type RecordsReindexParams struct {
 	MaxRows int32
 }
 
-// Indexes a page of records of a type by the fields that writes index now; no change is logged.
+// Computes anew what writes take from the payload now, for a page of records of a type: the index, and the
+// time of expiry. No change is logged.
 //
 //	UPDATE pgbroker.records r
-//	SET index_fields = pgbroker.index_terms(r.data, t.projected_fields)
+//	SET index_fields = CASE WHEN t.projected_fields <> '{}' THEN pgbroker.index_terms(r.data, t.projected_fields) END,
+//	    expires_at = pgbroker.parse_time(r.data #>> string_to_array(t.expiry_field, '.'))
 //	FROM pgbroker.record_types t
 //	WHERE t.type = $1 AND r.type = $1
 //	  AND r.id IN (
@@ -398,6 +564,52 @@ func (q *Queries) RecordsReindex(ctx context.Context, arg RecordsReindexParams) 
 		return nil, err
 	}
 	return items, nil
+}
+
+const recordsReplace = `-- name: RecordsReplace :one
+SELECT r.inserted::bigint AS inserted, r.updated::bigint AS updated, r.deleted::bigint AS deleted, r.remaining::bigint AS remaining
+FROM pgbroker.replace_records($1::text, $2::bigint, $3::boolean) AS r
+`
+
+type RecordsReplaceParams struct {
+	Type       string
+	MaxChanges int64
+	AllowEmpty bool
+}
+
+type RecordsReplaceRow struct {
+	Inserted  int64
+	Updated   int64
+	Deleted   int64
+	Remaining int64
+}
+
+// Makes the records of a type those that are staged, up to max_changes of them.
+//
+//	SELECT r.inserted::bigint AS inserted, r.updated::bigint AS updated, r.deleted::bigint AS deleted, r.remaining::bigint AS remaining
+//	FROM pgbroker.replace_records($1::text, $2::bigint, $3::boolean) AS r
+func (q *Queries) RecordsReplace(ctx context.Context, arg RecordsReplaceParams) (RecordsReplaceRow, error) {
+	row := q.db.QueryRow(ctx, recordsReplace, arg.Type, arg.MaxChanges, arg.AllowEmpty)
+	var i RecordsReplaceRow
+	err := row.Scan(
+		&i.Inserted,
+		&i.Updated,
+		&i.Deleted,
+		&i.Remaining,
+	)
+	return i, err
+}
+
+const recordsStage = `-- name: RecordsStage :exec
+SELECT pgbroker.stage_records()
+`
+
+// Makes the temporary table staged_records, or empties it.
+//
+//	SELECT pgbroker.stage_records()
+func (q *Queries) RecordsStage(ctx context.Context) error {
+	_, err := q.db.Exec(ctx, recordsStage)
+	return err
 }
 
 const recordsWrite = `-- name: RecordsWrite :many

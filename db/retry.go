@@ -51,7 +51,8 @@ func IsRetryable(err error) bool {
 
 // IsUnavailable reports whether err is about the way to the server or its
 // condition, not about what was asked of it: it cannot be reached, starts up,
-// shuts down, is read-only, has too many connections, or the connection broke.
+// shuts down, is read-only, has too many connections or no room on its disk,
+// or the connection broke.
 // The end of the caller's own context is not such an error.
 func IsUnavailable(err error) bool {
 	var connectErr *pgconn.ConnectError
@@ -64,8 +65,11 @@ func IsUnavailable(err error) bool {
 		return !errors.Is(err, context.Canceled)
 	}
 	var pgErr *pgconn.PgError
-	if errors.As(err, &pgErr) && pgErr.Code == pgerrcode.TooManyConnections {
-		return true
+	if errors.As(err, &pgErr) {
+		switch pgErr.Code {
+		case pgerrcode.TooManyConnections, pgerrcode.DiskFull, pgerrcode.IOError:
+			return true
+		}
 	}
 	return isStale(err) || errors.Is(err, puddle.ErrClosedPool)
 }
@@ -84,10 +88,14 @@ func isStale(err error) bool {
 func isBroken(err error) bool {
 	var pgErr *pgconn.PgError
 	if errors.As(err, &pgErr) {
+		switch pgErr.SeverityUnlocalized {
+		case "FATAL", "PANIC": // the session ends with it, whatever it is about, and may have committed
+			return true
+		}
 		switch pgErr.Code {
 		case pgerrcode.AdminShutdown, pgerrcode.CrashShutdown, pgerrcode.CannotConnectNow,
 			pgerrcode.IdleSessionTimeout, pgerrcode.IdleInTransactionSessionTimeout:
-			return true
+			return true // as poolers repeat them
 		}
 		return strings.HasPrefix(pgErr.Code, "08") // connection exceptions; poolers send them
 	}

@@ -154,6 +154,11 @@ func (s *source) setSessionDefaults(cfg *pgx.ConnConfig) {
 	if s.cfg.NoSessionSettings {
 		return
 	}
+	// The statements are the same all day: planning each once is enough, compiling one (JIT) takes longer than any of them.
+	set("jit", "off")
+	set("plan_cache_mode", "force_generic_plan")
+	// Nor are they worth a parallel plan, which starts processes; those that scan ask for one.
+	set("max_parallel_workers_per_gather", "0")
 	timeout := func(name string, value, standard time.Duration) {
 		if value == 0 {
 			value = standard

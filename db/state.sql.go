@@ -9,23 +9,76 @@ import (
 	"context"
 )
 
-const epochIsCurrent = `-- name: EpochIsCurrent :one
-SELECT EXISTS (
-  SELECT FROM pgbroker.state s
-  WHERE s.timeline = pgbroker.current_timeline() AND s.system_identifier = pgbroker.current_system_identifier())
+const epochSettle = `-- name: EpochSettle :exec
+SELECT pgbroker.settle_epoch()
 `
 
-// Whether versions go on to be issued by the same server and timeline; OrderLock begins an epoch if not. It takes no
-// lock: who holds the order lock for long must not keep replicas from serving reads.
+// Begins an epoch if the server or its timeline has changed since the last write, unless somebody is at it.
 //
-//	SELECT EXISTS (
-//	  SELECT FROM pgbroker.state s
-//	  WHERE s.timeline = pgbroker.current_timeline() AND s.system_identifier = pgbroker.current_system_identifier())
-func (q *Queries) EpochIsCurrent(ctx context.Context) (bool, error) {
-	row := q.db.QueryRow(ctx, epochIsCurrent)
-	var exists bool
-	err := row.Scan(&exists)
-	return exists, err
+//	SELECT pgbroker.settle_epoch()
+func (q *Queries) EpochSettle(ctx context.Context) error {
+	_, err := q.db.Exec(ctx, epochSettle)
+	return err
+}
+
+const lineageGet = `-- name: LineageGet :one
+SELECT coalesce(pgbroker.server_system_identifier(), 0)::bigint AS system_identifier,
+       coalesce(pgbroker.server_timeline(), 0)::bigint AS timeline,
+       (pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean)::boolean AS read_only,
+       coalesce(s.system_identifier = pgbroker.current_system_identifier() AND s.timeline = pgbroker.current_timeline(), false)::boolean AS settled,
+       coalesce((SELECT max(e.first_version) FROM pgbroker.epochs e), 0)::bigint AS epoch,
+       ($1::bigint = 0 OR EXISTS (SELECT FROM pgbroker.epochs e WHERE e.first_version = $1::bigint
+          AND e.system_identifier = $2::bigint AND e.timeline = $3::bigint))::boolean AS knows_epoch,
+       coalesce((SELECT e.system_identifier FROM pgbroker.epochs e ORDER BY e.first_version DESC LIMIT 1), 0)::bigint AS epoch_system,
+       coalesce((SELECT e.timeline FROM pgbroker.epochs e ORDER BY e.first_version DESC LIMIT 1), 0)::bigint AS epoch_timeline
+FROM pgbroker.state s
+`
+
+type LineageGetParams struct {
+	Epoch         int64
+	EpochSystem   int64
+	EpochTimeline int64
+}
+
+type LineageGetRow struct {
+	SystemIdentifier int64
+	Timeline         int64
+	ReadOnly         bool
+	Settled          bool
+	Epoch            int64
+	KnowsEpoch       bool
+	EpochSystem      int64
+	EpochTimeline    int64
+}
+
+// Where the server stands in the history of the data set: who it is (0 where that is hidden), whether its latest
+// epoch is its own, which one that is, and whether it knows the epoch that the caller has seen. The fence reads this
+// on connections that are not open yet: see db/fence.go.
+//
+//	SELECT coalesce(pgbroker.server_system_identifier(), 0)::bigint AS system_identifier,
+//	       coalesce(pgbroker.server_timeline(), 0)::bigint AS timeline,
+//	       (pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean)::boolean AS read_only,
+//	       coalesce(s.system_identifier = pgbroker.current_system_identifier() AND s.timeline = pgbroker.current_timeline(), false)::boolean AS settled,
+//	       coalesce((SELECT max(e.first_version) FROM pgbroker.epochs e), 0)::bigint AS epoch,
+//	       ($1::bigint = 0 OR EXISTS (SELECT FROM pgbroker.epochs e WHERE e.first_version = $1::bigint
+//	          AND e.system_identifier = $2::bigint AND e.timeline = $3::bigint))::boolean AS knows_epoch,
+//	       coalesce((SELECT e.system_identifier FROM pgbroker.epochs e ORDER BY e.first_version DESC LIMIT 1), 0)::bigint AS epoch_system,
+//	       coalesce((SELECT e.timeline FROM pgbroker.epochs e ORDER BY e.first_version DESC LIMIT 1), 0)::bigint AS epoch_timeline
+//	FROM pgbroker.state s
+func (q *Queries) LineageGet(ctx context.Context, arg LineageGetParams) (LineageGetRow, error) {
+	row := q.db.QueryRow(ctx, lineageGet, arg.Epoch, arg.EpochSystem, arg.EpochTimeline)
+	var i LineageGetRow
+	err := row.Scan(
+		&i.SystemIdentifier,
+		&i.Timeline,
+		&i.ReadOnly,
+		&i.Settled,
+		&i.Epoch,
+		&i.KnowsEpoch,
+		&i.EpochSystem,
+		&i.EpochTimeline,
+	)
+	return i, err
 }
 
 const orderLock = `-- name: OrderLock :exec

@@ -2,11 +2,13 @@
 -- What follows a version in the change log, of one type or ('') of all: up to max_rows changes and, after
 -- the first, up to max_bytes of payload. At least one row, without a change (version 0) if nothing follows.
 -- latest_version is the end of the log in the same snapshot; purged_version the highest tombstone that is
--- missing from it: a reader below that may have missed a deletion. lost says that a failover or restore has
--- undone the version read from.
+-- missing from it: a reader below that may have missed a deletion. lost is how many versions, up to the one
+-- read from, a failover or restore has undone; 0 if that one is there. Without all_payloads only
+-- changes of payload_types come with theirs.
 SELECT v.server_version, v.options_version, v.latest_version::bigint AS latest_version,
        coalesce(g.purged_version, 0)::bigint AS purged_version,
-       EXISTS (SELECT FROM pgbroker.epochs e WHERE e.last_version < @after AND @after < e.first_version)::boolean AS lost,
+       coalesce((SELECT max(sqlc.arg(after) - e.last_version) FROM pgbroker.epochs e
+                 WHERE e.last_version < @after AND @after < e.first_version), 0)::bigint AS lost,
        coalesce(c.version, 0)::bigint AS version, coalesce(c.type, '')::text AS type, coalesce(c.id, '')::text AS id,
        coalesce(c.changed_at, 'epoch')::timestamptz AS changed_at, coalesce(c.deleted, false)::boolean AS deleted, c.payload
 FROM pgbroker.versions v
@@ -26,7 +28,8 @@ LEFT JOIN (
     -- The fence keeps the planner from joining the whole table for a page.
     LEFT JOIN LATERAL (
       SELECT payload FROM pgbroker.records
-      WHERE records.type = l.type AND records.id = l.id AND records.version = l.version OFFSET 0
+      WHERE (@all_payloads::boolean OR l.type = ANY (@payload_types::text[]))
+        AND records.type = l.type AND records.id = l.id AND records.version = l.version OFFSET 0
     ) r ON true
   ) p
 ) c ON c.bytes_before < @max_bytes::bigint

@@ -100,6 +100,10 @@ LEFT JOIN (
 ) r ON true
 ORDER BY r.type, r.id;
 
+-- name: ScanInParallel :exec
+-- Lets what follows in the transaction use two more processes.
+SELECT set_config('max_parallel_workers_per_gather', '2', true);
+
 -- name: QueryScan :many
 -- Records that match a filter or a text, found by reading every record of the type, or of all types.
 WITH matched AS MATERIALIZED (

@@ -22,12 +22,42 @@ RETURNING capacity, ttl, indexable_fields;
 SELECT type FROM pgbroker.record_types WHERE ttl > interval '0' AND record_count > 0 ORDER BY type;
 
 -- name: TypesToReindex :many
--- Types with fields that not every record is indexed by.
-SELECT type, projected_fields FROM pgbroker.record_types
-WHERE NOT projected_fields <@ indexed_fields ORDER BY type;
+-- Types with fields that not every record is indexed by, or of which the expiry is not computed everywhere.
+SELECT type, projected_fields, expiry_field FROM pgbroker.record_types
+WHERE NOT projected_fields <@ indexed_fields OR expiry_field IS DISTINCT FROM expiry_applied ORDER BY type;
 
 -- name: TypeIndexed :exec
--- Notes that every record of a type is indexed by the given fields.
+-- Notes that every record of a type is indexed by the given fields, and expires by the given one.
 UPDATE pgbroker.record_types
-SET indexed_fields = ARRAY(SELECT DISTINCT f FROM unnest(indexed_fields || @fields::text[]) AS f ORDER BY f)
+SET indexed_fields = ARRAY(SELECT DISTINCT f FROM unnest(indexed_fields || @fields::text[]) AS f ORDER BY f),
+    expiry_applied = sqlc.narg(expiry_field)::text
 WHERE type = @type;
+
+-- name: TypesWithIdleTimeout :many
+SELECT type, make_interval(secs => extract(epoch FROM idle_timeout))::interval AS idle_timeout FROM pgbroker.record_types
+WHERE idle_timeout IS NOT NULL AND record_count > 0 ORDER BY type;
+
+-- name: TypesWithUserLimit :many
+-- Types with a limit for each user, once every record can be found by its user.
+SELECT type, user_limit::integer AS user_limit FROM pgbroker.record_types
+WHERE user_limit IS NOT NULL AND record_count > 0 AND 'user_id' = ANY (indexed_fields) ORDER BY type;
+
+-- name: TypeSetExpiry :exec
+SELECT pgbroker.set_expiry(@type, sqlc.narg(field)::text);
+
+-- name: TypeSetIdleTimeout :exec
+SELECT pgbroker.set_idle_timeout(@type, sqlc.narg(timeout)::interval);
+
+-- name: TypeSetUserLimit :exec
+SELECT pgbroker.set_user_limit(@type, sqlc.narg(records)::integer);
+
+-- name: TypeSetAudited :exec
+SELECT pgbroker.set_audited(@type, @audited::boolean);
+
+-- name: TypeSummary :many
+-- Every type, or the one that a person means; written_at is the epoch where nothing was written yet.
+SELECT s.name::text AS name, s.records, coalesce(s.written_at, 'epoch')::timestamptz AS written_at, s.capacity, s.ttl, s.expiry_field, s.idle_timeout, s.user_limit, s.audited,
+       s.looked_up_by::text[] AS looked_up_by, s.up_to_date::boolean AS up_to_date, s.type
+FROM pgbroker.type_summary s
+WHERE @type::text = '' OR s.type = pgbroker.type_named(@type::text)
+ORDER BY s.type;

@@ -67,31 +67,78 @@ WHERE (@type::text = '' OR type = @type::text) AND index_cidr >>= (@address::tex
 ORDER BY masklen(index_cidr) DESC
 LIMIT 1;
 
--- name: RecordsExpire :execrows
+-- name: RecordsExpire :one
 -- Deletes records whose own expiry time has passed, the longest expired first.
-DELETE FROM pgbroker.records
-WHERE (type, id) IN (
-  SELECT r.type, r.id FROM pgbroker.records r
-  WHERE r.expires_at <= clock_timestamp()
-  ORDER BY r.expires_at LIMIT @max_rows);
+SELECT pgbroker.expire_records(@max_rows)::bigint AS ended;
 
--- name: RecordsExpireByTTL :execrows
--- Deletes records of a type that have not been written for longer than its TTL. Versions ascend with
--- time, so only the least recently written ones are looked at.
-DELETE FROM pgbroker.records
-WHERE (type, id) IN (
-  SELECT o.type, o.id
-  FROM (
-    SELECT c.type, c.id, c.changed_at FROM pgbroker.changes c
-    WHERE c.type = @type AND NOT c.deleted
-    ORDER BY c.version LIMIT @max_rows
-  ) o
-  WHERE o.changed_at < clock_timestamp() - (SELECT t.ttl FROM pgbroker.record_types t WHERE t.type = @type));
+-- name: RecordsExpireByTTL :one
+-- Deletes records of a type that have not been written for longer than its TTL.
+SELECT pgbroker.expire_by_ttl(@type, @max_rows)::bigint AS ended;
+
+-- name: RecordsIdle :one
+-- Which records of a page, in the order of ids, have not been used for longer than their type allows. The
+-- last id is that of the page. There is no index on accessed_at, which would make every write of it dearer.
+SELECT coalesce(max(p.id), '')::text AS last_id, count(*) AS seen,
+       coalesce(array_agg(p.id) FILTER (WHERE p.idle), '{}')::text[] AS ids,
+       coalesce(array_agg(p.version) FILTER (WHERE p.idle), '{}')::bigint[] AS versions
+FROM (
+  SELECT r.id, r.version,
+         coalesce(pgbroker.parse_time(r.data ->> 'accessed_at'), pgbroker.parse_time(r.data ->> 'issued_at'), r.modified_at)
+           < clock_timestamp() - t.idle_timeout AS idle
+  FROM pgbroker.record_types t
+  CROSS JOIN LATERAL (
+    SELECT * FROM pgbroker.records
+    WHERE records.type = @type AND records.id > @after_id::text
+    ORDER BY records.id LIMIT @max_rows
+  ) r
+  WHERE t.type = @type
+) p;
+
+-- name: RecordsEndIdle :one
+SELECT pgbroker.end_idle_records(@type, @ids::text[], @versions::bigint[])::bigint AS ended;
+
+-- name: RecordsExcess :one
+-- Which records are above the limit of their user, of the users with a record in the next page of the change
+-- log: whoever has not got a new one is not above it.
+WITH page AS MATERIALIZED (
+  SELECT c.version, c.id FROM pgbroker.changes c
+  WHERE c.type = @type AND NOT c.deleted AND c.version > @after_version
+  ORDER BY c.version LIMIT @max_rows
+),
+owners AS MATERIALIZED (
+  SELECT DISTINCT r.index_fields -> 'user_id' AS user_id
+  FROM page p
+  JOIN pgbroker.records r ON r.type = @type AND r.id = p.id
+  WHERE r.index_fields ? 'user_id'
+),
+ranked AS (
+  SELECT r.id, r.version, t.user_limit,
+         row_number() OVER (
+           PARTITION BY o.user_id ORDER BY pgbroker.parse_time(r.data ->> 'issued_at') DESC NULLS LAST, r.version DESC) AS place
+  FROM pgbroker.record_types t
+  CROSS JOIN owners o
+  -- The fence keeps the planner from joining the whole table.
+  CROSS JOIN LATERAL (
+    SELECT * FROM pgbroker.records
+    WHERE records.type = @type AND records.index_fields @> jsonb_build_object('user_id', o.user_id) OFFSET 0
+  ) r
+  WHERE t.type = @type
+)
+SELECT (SELECT coalesce(max(p.version), @after_version) AS version FROM page p)::bigint AS last_version,
+       (SELECT count(*) AS n FROM page p)::bigint AS seen,
+       coalesce(array_agg(k.id) FILTER (WHERE k.place > k.user_limit), '{}')::text[] AS ids,
+       coalesce(array_agg(k.version) FILTER (WHERE k.place > k.user_limit), '{}')::bigint[] AS versions
+FROM ranked k;
+
+-- name: RecordsEndExcess :one
+SELECT pgbroker.end_excess_records(@type, @ids::text[], @versions::bigint[])::bigint AS ended;
 
 -- name: RecordsReindex :many
--- Indexes a page of records of a type by the fields that writes index now; no change is logged.
+-- Computes anew what writes take from the payload now, for a page of records of a type: the index, and the
+-- time of expiry. No change is logged.
 UPDATE pgbroker.records r
-SET index_fields = pgbroker.index_terms(r.data, t.projected_fields)
+SET index_fields = CASE WHEN t.projected_fields <> '{}' THEN pgbroker.index_terms(r.data, t.projected_fields) END,
+    expires_at = pgbroker.parse_time(r.data #>> string_to_array(t.expiry_field, '.'))
 FROM pgbroker.record_types t
 WHERE t.type = @type AND r.type = @type
   AND r.id IN (
@@ -99,3 +146,12 @@ WHERE t.type = @type AND r.type = @type
     WHERE p.type = @type AND p.id >= @from_id::text
     ORDER BY p.id LIMIT @max_rows)
 RETURNING r.id;
+
+-- name: RecordsStage :exec
+-- Makes the temporary table staged_records, or empties it.
+SELECT pgbroker.stage_records();
+
+-- name: RecordsReplace :one
+-- Makes the records of a type those that are staged, up to max_changes of them.
+SELECT r.inserted::bigint AS inserted, r.updated::bigint AS updated, r.deleted::bigint AS deleted, r.remaining::bigint AS remaining
+FROM pgbroker.replace_records(@type::text, @max_changes::bigint, @allow_empty::boolean) AS r;

@@ -7,6 +7,10 @@ FROM pgbroker.versions;
 -- has changed since the last write.
 SELECT pgbroker.lock_order();
 
+-- name: EpochSettle :exec
+-- Begins an epoch if the server or its timeline has changed since the last write, unless somebody is at it.
+SELECT pgbroker.settle_epoch();
+
 -- name: StateReplaceServerVersion :one
 -- Makes every client forget everything, unless somebody else has already seen to that: then the result is 0.
 WITH replaced AS (
@@ -25,9 +29,17 @@ SELECT s.server_version, s.options_version,
                WHERE e.last_version < @version::bigint AND @version::bigint < e.first_version)::boolean AS lost
 FROM pgbroker.state s;
 
--- name: EpochIsCurrent :one
--- Whether versions go on to be issued by the same server and timeline; OrderLock begins an epoch if not. It takes no
--- lock: who holds the order lock for long must not keep replicas from serving reads.
-SELECT EXISTS (
-  SELECT FROM pgbroker.state s
-  WHERE s.timeline = pgbroker.current_timeline() AND s.system_identifier = pgbroker.current_system_identifier());
+-- name: LineageGet :one
+-- Where the server stands in the history of the data set: who it is (0 where that is hidden), whether its latest
+-- epoch is its own, which one that is, and whether it knows the epoch that the caller has seen. The fence reads this
+-- on connections that are not open yet: see db/fence.go.
+SELECT coalesce(pgbroker.server_system_identifier(), 0)::bigint AS system_identifier,
+       coalesce(pgbroker.server_timeline(), 0)::bigint AS timeline,
+       (pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean)::boolean AS read_only,
+       coalesce(s.system_identifier = pgbroker.current_system_identifier() AND s.timeline = pgbroker.current_timeline(), false)::boolean AS settled,
+       coalesce((SELECT max(e.first_version) FROM pgbroker.epochs e), 0)::bigint AS epoch,
+       (@epoch::bigint = 0 OR EXISTS (SELECT FROM pgbroker.epochs e WHERE e.first_version = @epoch::bigint
+          AND e.system_identifier = @epoch_system::bigint AND e.timeline = @epoch_timeline::bigint))::boolean AS knows_epoch,
+       coalesce((SELECT e.system_identifier FROM pgbroker.epochs e ORDER BY e.first_version DESC LIMIT 1), 0)::bigint AS epoch_system,
+       coalesce((SELECT e.timeline FROM pgbroker.epochs e ORDER BY e.first_version DESC LIMIT 1), 0)::bigint AS epoch_timeline
+FROM pgbroker.state s;

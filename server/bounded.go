@@ -11,13 +11,13 @@ import (
 // boundedReader is a database of which no query returns more bytes than an answer may have: how many rows a client asks for
 // says nothing about how much memory they take.
 type boundedReader struct {
-	*db.DB
+	db.DBTX
 	limiter *limiter
 }
 
 // Query implements db.DBTX.
 func (r boundedReader) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
-	rows, err := r.DB.Query(ctx, sql, args...) //nolint:rowserrcheck // whoever reads them checks
+	rows, err := r.DBTX.Query(ctx, sql, args...) //nolint:rowserrcheck // whoever reads them checks
 	if err != nil {
 		return rows, err
 	}

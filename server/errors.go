@@ -59,6 +59,7 @@ func toStatus(ctx context.Context, logger *slog.Logger, method string, err error
 	var invalid invalidError
 	var limit *limitError
 	var pgErr *pgconn.PgError
+	var past *db.PastError
 	switch {
 	case errors.As(err, &invalid), errors.Is(err, filter.ErrInvalid), errors.Is(err, projection.ErrInvalidPatch):
 		return status.Error(codes.InvalidArgument, bounded(err.Error()))
@@ -84,6 +85,8 @@ func toStatus(ctx context.Context, logger *slog.Logger, method string, err error
 		return status.Error(codes.Unavailable, errBlocked.Error())
 	case errors.Is(err, errBlocked):
 		return status.Error(codes.Unavailable, errBlocked.Error())
+	case errors.As(err, &past): // logged by package db, which knows when it has said so
+		return status.Error(codes.Unavailable, "the database server is one that was left for a newer one")
 	case db.IsUnavailable(err):
 		logger.WarnContext(ctx, "database unavailable", "method", method, "error", err)
 		return status.Error(codes.Unavailable, "the database is unavailable")

@@ -18,19 +18,47 @@ const (
 	maintenanceLeaseTTL = 45 * time.Second
 	// maintenanceBatch bounds how long one statement holds the order lock.
 	maintenanceBatch = 200
+	// maintenancePage bounds how long one statement looks for what is due, without any lock.
+	maintenancePage = 1000
+	// idleSweeps is how often in the time of an idle timeout all records are looked at: so much later, at
+	// most, a record goes.
+	idleSweeps = 20
 )
 
-// maintenance does the periodic work for all replicas, one of them at a time: expiry, TTL, retention of
-// tombstones, indexing.
+// maintenance does the periodic work for all replicas, one of them at a time: expiry, TTL, idle timeouts,
+// limits for users, retention of tombstones and of the audit, indexing, projection.
 type maintenance struct {
-	db        *db.DB
-	queries   *db.Queries
-	logger    *slog.Logger
-	metrics   *metrics
-	interval  time.Duration
-	retention time.Duration
+	db             *db.DB
+	queries        *db.Queries
+	logger         *slog.Logger
+	metrics        *metrics
+	interval       time.Duration
+	retention      time.Duration
+	auditRetention time.Duration
+	projector      *projector
+	// projectionGrace is how long replicas may go on by types and rules that have been changed.
+	projectionGrace time.Duration
 
 	leaseID string // "" while another replica holds the lease
+
+	// By type. Whoever takes over begins anew, which costs one look at every record.
+	swept   map[string]time.Time     // when the latest sweep for idle records began
+	limited map[string]limitProgress // how far limits for users are enforced
+}
+
+// limitProgress is a place in the change log up to which a limit holds.
+type limitProgress struct {
+	limit   int32
+	version int64
+}
+
+func (s *Server) newMaintenance() *maintenance {
+	return &maintenance{
+		db: s.db, queries: s.queries, logger: s.logger, metrics: s.metrics,
+		interval: s.config.MaintenanceInterval, retention: s.config.TombstoneRetention, auditRetention: s.config.AuditRetention,
+		projector: s.projector, projectionGrace: s.config.ProjectionGrace,
+		swept: make(map[string]time.Time), limited: make(map[string]limitProgress),
+	}
 }
 
 // run works until ctx ends, and then gives the lease back.
@@ -59,10 +87,7 @@ func (m *maintenance) round(ctx context.Context) error {
 	var errs []error
 	job := func(name string, batch func(context.Context) (int64, error)) {
 		done, err := m.drain(ctx, batch)
-		if done > 0 {
-			m.logger.InfoContext(ctx, name, "count", done)
-			m.metrics.maintained.WithLabelValues(name).Add(float64(done))
-		}
+		m.report(ctx, name, done)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", name, err))
 		}
@@ -79,6 +104,12 @@ func (m *maintenance) round(ctx context.Context) error {
 			return m.queries.RecordsExpireByTTL(ctx, db.RecordsExpireByTTLParams{Type: recordType, MaxRows: maintenanceBatch})
 		})
 	}
+	if err := m.endIdle(ctx); err != nil {
+		errs = append(errs, fmt.Errorf("idle timeouts: %w", err))
+	}
+	if err := m.endExcess(ctx); err != nil {
+		errs = append(errs, fmt.Errorf("limits for users: %w", err))
+	}
 	job("tombstones purged", func(ctx context.Context) (int64, error) {
 		return m.purgeTombstones(ctx)
 	})
@@ -91,9 +122,133 @@ func (m *maintenance) round(ctx context.Context) error {
 			errs = append(errs, fmt.Errorf("index %s: %w", row.Type, err))
 		}
 	}
+	if err := m.reproject(ctx); err != nil {
+		errs = append(errs, fmt.Errorf("project again: %w", err))
+	}
+	job("audit entries purged", func(ctx context.Context) (int64, error) {
+		return m.queries.AuditPurge(ctx, db.AuditPurgeParams{MaxRows: maintenanceBatch, Retention: m.auditRetention})
+	})
 	job("services purged", m.queries.ServicesPurge)
 	job("leases purged", m.queries.LeasesPurge)
 	return errors.Join(errs...)
+}
+
+// report tells what a job has done, if anything.
+func (m *maintenance) report(ctx context.Context, job string, rows int64) {
+	if rows > 0 {
+		m.logger.InfoContext(ctx, job, "count", rows)
+		m.metrics.maintained.WithLabelValues(job).Add(float64(rows))
+	}
+}
+
+// endIdle deletes records that have not been used for longer than their type allows. An index that finds them
+// would make every use of a session an update of that index; so all records are looked at now and then.
+func (m *maintenance) endIdle(ctx context.Context) error {
+	types, err := m.queries.TypesWithIdleTimeout(ctx)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, t := range types {
+		began := time.Now()
+		if last, ok := m.swept[t.Type]; ok && began.Sub(last) < t.IdleTimeout/idleSweeps {
+			continue
+		}
+		if err := m.sweepIdle(ctx, t.Type); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", t.Type, err))
+			continue
+		}
+		m.swept[t.Type] = began
+	}
+	return errors.Join(errs...)
+}
+
+// sweepIdle looks at every record of a type once.
+func (m *maintenance) sweepIdle(ctx context.Context, recordType string) error {
+	var ended int64
+	defer func() { m.report(ctx, "idle records deleted", ended) }()
+	for after := ""; ; {
+		page, err := m.queries.RecordsIdle(ctx, db.RecordsIdleParams{Type: recordType, AfterID: after, MaxRows: maintenancePage})
+		if err != nil {
+			return err
+		}
+		n, err := inBatches(page.IDs, page.Versions, func(ids []string, versions []int64) (int64, error) {
+			return m.queries.RecordsEndIdle(ctx, db.RecordsEndIdleParams{Type: recordType, IDs: ids, Versions: versions})
+		})
+		ended += n
+		if err != nil || page.Seen < maintenancePage {
+			return err
+		}
+		after = page.LastID
+		if mine, err := m.hold(ctx); err != nil || !mine {
+			return err
+		}
+	}
+}
+
+// endExcess deletes records of users who have more of a type than it allows. Only users with a new or changed
+// record are looked at: the change log is followed.
+func (m *maintenance) endExcess(ctx context.Context) error {
+	types, err := m.queries.TypesWithUserLimit(ctx)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, t := range types {
+		if m.limited[t.Type].limit != t.UserLimit { // another limit is for everybody
+			m.limited[t.Type] = limitProgress{limit: t.UserLimit}
+		}
+		if err := m.enforceLimit(ctx, t.Type); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", t.Type, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// enforceLimit follows the change log of a type to its end.
+func (m *maintenance) enforceLimit(ctx context.Context, recordType string) error {
+	var ended int64
+	defer func() { m.report(ctx, "records above the limit of their user deleted", ended) }()
+	for {
+		progress := m.limited[recordType]
+		page, err := m.queries.RecordsExcess(ctx, db.RecordsExcessParams{
+			Type: recordType, AfterVersion: progress.version, MaxRows: maintenancePage,
+		})
+		if err != nil {
+			return err
+		}
+		n, err := inBatches(page.IDs, page.Versions, func(ids []string, versions []int64) (int64, error) {
+			return m.queries.RecordsEndExcess(ctx, db.RecordsEndExcessParams{Type: recordType, IDs: ids, Versions: versions})
+		})
+		ended += n
+		if err != nil {
+			return err
+		}
+		// A record that was written meanwhile was spared, and is in the log again.
+		progress.version = page.LastVersion
+		m.limited[recordType] = progress
+		if page.Seen < maintenancePage {
+			return nil
+		}
+		if mine, err := m.hold(ctx); err != nil || !mine {
+			return err
+		}
+	}
+}
+
+// inBatches passes keys on in batches that hold the order lock briefly, and adds up what is returned.
+func inBatches(ids []string, versions []int64, do func(ids []string, versions []int64) (int64, error)) (int64, error) {
+	var done int64
+	for len(ids) > 0 {
+		n := min(len(ids), maintenanceBatch)
+		rows, err := do(ids[:n], versions[:n])
+		done += rows
+		if err != nil {
+			return done, err
+		}
+		ids, versions = ids[n:], versions[n:]
+	}
+	return done, nil
 }
 
 // purgeTombstones removes a batch of tombstones, under the order lock from the start: taking it after rows
@@ -125,7 +280,7 @@ func (m *maintenance) drain(ctx context.Context, batch func(context.Context) (in
 	}
 }
 
-// reindex brings the index of a type's records up to the fields that writes index now, and then lets
+// reindex brings the index and the expiry of a type's records up to what writes do now, and then lets
 // queries rely on it.
 func (m *maintenance) reindex(ctx context.Context, row db.TypesToReindexRow) error {
 	for from := ""; ; {
@@ -144,7 +299,7 @@ func (m *maintenance) reindex(ctx context.Context, row db.TypesToReindexRow) err
 		}
 	}
 	m.logger.InfoContext(ctx, "records indexed", "type", row.Type, "fields", row.ProjectedFields)
-	return m.queries.TypeIndexed(ctx, db.TypeIndexedParams{Type: row.Type, Fields: row.ProjectedFields})
+	return m.queries.TypeIndexed(ctx, db.TypeIndexedParams{Type: row.Type, Fields: row.ProjectedFields, ExpiryField: row.ExpiryField})
 }
 
 // hold takes or prolongs the lease, and reports whether this replica has it.

@@ -130,10 +130,23 @@ func (s *brokerServer) query(ctx context.Context, request *databroker.QueryReque
 			}
 		}
 	}
-	rows, err := queries.QueryScan(ctx, db.QueryScanParams{
+	rows, err := s.scan(ctx, db.QueryScanParams{
 		Type: request.Type, Filter: predicate, WithVars: parsed.UsesVars(), Search: search, Skip: request.Offset, MaxRows: request.Limit,
 	})
 	return convertRows(rows, func(r db.QueryScanRow) queryRow { return queryRow(r) }), err
+}
+
+// scan runs the one query that reads all records of a type.
+func (s *brokerServer) scan(ctx context.Context, params db.QueryScanParams) (rows []db.QueryScanRow, err error) {
+	err = pgx.BeginTxFunc(ctx, s.db.Pool, pgx.TxOptions{AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
+		queries := db.New(boundedReader{tx, s.limiter})
+		if err := queries.ScanInParallel(ctx); err != nil {
+			return err
+		}
+		rows, err = queries.QueryScan(ctx, params)
+		return err
+	})
+	return rows, err
 }
 
 // predicate compiles a filter to the jsonpath that the database evaluates record by record. Addresses are

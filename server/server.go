@@ -36,7 +36,6 @@ import (
 	"pgbroker/proto/registry"
 	"pgbroker/server/auth"
 	"pgbroker/server/changefeed"
-	"pgbroker/server/projection"
 )
 
 // Defaults of Config.
@@ -45,8 +44,10 @@ const (
 	DefaultShutdownTimeout     = 25 * time.Second
 	DefaultMaxMessageSize      = 4 << 20
 	DefaultTombstoneRetention  = 7 * 24 * time.Hour
+	DefaultAuditRetention      = 90 * 24 * time.Hour
 	DefaultMaintenanceInterval = 10 * time.Second
 	DefaultLockWarning         = 2 * time.Second
+	DefaultProjectionGrace     = 30 * time.Second
 )
 
 // Config of a Server.
@@ -72,6 +73,8 @@ type Config struct {
 	MaxMessageSize int
 	// TombstoneRetention is how long a client may be away and still resume its streams. 0 means 7 days.
 	TombstoneRetention time.Duration
+	// AuditRetention is how long the audit of deletions is kept. 0 means 90 days.
+	AuditRetention time.Duration
 	// RingBytes bounds the recent changes kept in memory; 0 means 64 MiB.
 	RingBytes int
 	// MaintenanceInterval is how often what is due is looked for, which bounds how long a record outlives
@@ -81,6 +84,9 @@ type Config struct {
 	Limits Limits
 	// LockWarning is how long another session of the database may keep writers waiting before it is logged; 0 means 2 s.
 	LockWarning time.Duration
+	// ProjectionGrace is how long after a change of types or redaction a replica may still go by what was
+	// before: what is written meanwhile is projected once more when it has passed. 0 means 30 s.
+	ProjectionGrace time.Duration
 	// PollInterval is how often changes are looked for when nobody announces any; 0 means 2 s.
 	PollInterval time.Duration
 	// Registerer takes the metrics; nil means none.
@@ -95,7 +101,7 @@ type Server struct {
 	logger    *slog.Logger
 	db        *db.DB
 	queries   *db.Queries
-	projector *projection.Projector
+	projector *projector
 	writer    *writer
 	feed      *changefeed.Feed
 	services  *serviceFeed
@@ -117,8 +123,10 @@ func New(config Config) (*Server, error) {
 	config.ShutdownTimeout = cmp.Or(config.ShutdownTimeout, DefaultShutdownTimeout)
 	config.MaxMessageSize = cmp.Or(config.MaxMessageSize, DefaultMaxMessageSize)
 	config.TombstoneRetention = cmp.Or(config.TombstoneRetention, DefaultTombstoneRetention)
+	config.AuditRetention = cmp.Or(config.AuditRetention, DefaultAuditRetention)
 	config.MaintenanceInterval = cmp.Or(config.MaintenanceInterval, DefaultMaintenanceInterval)
 	config.LockWarning = cmp.Or(config.LockWarning, DefaultLockWarning)
+	config.ProjectionGrace = cmp.Or(config.ProjectionGrace, DefaultProjectionGrace)
 	config.Logger = cmp.Or(config.Logger, slog.Default())
 	if config.DB == nil {
 		return nil, errors.New("server: no database is configured")
@@ -132,7 +140,6 @@ func New(config Config) (*Server, error) {
 		logger:    config.Logger,
 		db:        config.DB,
 		queries:   db.New(config.DB),
-		projector: projection.New(nil),
 		writer:    newWriter(config.DB, config.RequestTimeout),
 		metrics:   newMetrics(),
 		limiter:   newLimiter(config.Limits, config.Logger),
@@ -148,12 +155,14 @@ func New(config Config) (*Server, error) {
 	s.feed = changefeed.New(changefeed.Config{
 		Queries:      s.queries,
 		Listen:       s.db.Listen,
+		Settle:       s.db.Settle,
 		Encode:       s.encodeChange,
 		OnServices:   s.services.Wake,
 		RingBytes:    config.RingBytes,
 		PollInterval: config.PollInterval,
 		Logger:       s.logger,
 	})
+	s.projector = &projector{queries: s.queries, feed: s.feed, logger: s.logger}
 	if err := s.newGRPC(); err != nil {
 		return nil, err
 	}
@@ -180,7 +189,7 @@ func (s *Server) newGRPC() error {
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Minute, Timeout: 20 * time.Second}),
 		grpc.ChainUnaryInterceptor(
 			requests.UnaryServerInterceptor(), s.unaryErrors, recovery.UnaryServerInterceptor(recovered), authenticator.Unary,
-			s.limiter.unary, s.deadline),
+			s.limiter.unary, s.deadline, s.projector.prepare),
 		grpc.ChainStreamInterceptor(
 			requests.StreamServerInterceptor(), s.streamErrors, recovery.StreamServerInterceptor(recovered), authenticator.Stream,
 			s.limiter.stream),
@@ -239,10 +248,11 @@ func (s *Server) Run(ctx context.Context, listener net.Listener) error {
 	// What requests depend on stops after them.
 	background, stopBackground := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopBackground()
-	periodic := &maintenance{db: s.db, queries: s.queries, logger: s.logger, metrics: s.metrics, interval: s.config.MaintenanceInterval, retention: s.config.TombstoneRetention}
+	periodic := s.newMaintenance()
 	var group errgroup.Group
 	group.Go(func() error { return s.feed.Run(background) })
 	group.Go(func() error { s.services.run(background); return nil })
+	group.Go(func() error { s.projector.follow(background); return nil })
 	group.Go(func() error { periodic.run(background); return nil })
 	group.Go(func() error { s.blockers.run(background); return nil })
 	group.Go(func() error { s.reportHealth(background); return nil })

@@ -36,6 +36,15 @@ type snapshot struct {
 	mu     sync.Mutex // protects what follows; held while reading
 	tx     pgx.Tx     // nil while closed
 	opened time.Time
+	ahead  *nextPage // nil if none has been asked for
+}
+
+// nextPage is a page that is read while the one before it is sent.
+type nextPage struct {
+	from  key
+	done  chan struct{} // closed when the read has ended
+	valid bool          // it has been read, and is still wanted; protected by snapshot.mu, as page is
+	page  []db.RecordsPageRow
 }
 
 func (s *Server) newSnapshot() *snapshot {
@@ -55,20 +64,64 @@ func (s *snapshot) state(ctx context.Context) (state db.StateGetRow, options []d
 
 // page returns the records of a type, or of all types, from a key on; none at the end.
 func (s *snapshot) page(ctx context.Context, recordType string, from key) (page []db.RecordsPageRow, err error) {
+	if page, ok := s.takeAhead(from); ok {
+		return page, nil
+	}
 	err = s.read(ctx, func(queries *db.Queries) (err error) {
-		if recordType == "" {
-			page, err = queries.RecordsPage(ctx, db.RecordsPageParams{
-				FromType: from.recordType, FromID: from.id, MaxRows: s.rows, MaxBytes: pageBytes,
-			})
-			return err
-		}
-		rows, err := queries.RecordsPageOfType(ctx, db.RecordsPageOfTypeParams{
-			Type: recordType, FromID: from.id, MaxRows: s.rows, MaxBytes: pageBytes,
-		})
-		page = convertRows(rows, func(r db.RecordsPageOfTypeRow) db.RecordsPageRow { return db.RecordsPageRow(r) })
+		page, err = readPage(ctx, queries, recordType, from, s.rows)
 		return err
 	})
 	return page, err
+}
+
+func readPage(ctx context.Context, queries *db.Queries, recordType string, from key, limit int32) ([]db.RecordsPageRow, error) {
+	if recordType == "" {
+		return queries.RecordsPage(ctx, db.RecordsPageParams{
+			FromType: from.recordType, FromID: from.id, MaxRows: limit, MaxBytes: pageBytes,
+		})
+	}
+	rows, err := queries.RecordsPageOfType(ctx, db.RecordsPageOfTypeParams{
+		Type: recordType, FromID: from.id, MaxRows: limit, MaxBytes: pageBytes,
+	})
+	return convertRows(rows, func(r db.RecordsPageOfTypeRow) db.RecordsPageRow { return db.RecordsPageRow(r) }), err
+}
+
+// readAhead begins to read the page that will be asked for next. A client that turns out to be slow loses it with the
+// snapshot.
+func (s *snapshot) readAhead(ctx context.Context, recordType string, from key) {
+	next := &nextPage{from: from, done: make(chan struct{})}
+	limit := s.rows
+	s.mu.Lock()
+	s.ahead = next
+	s.mu.Unlock()
+	go func() {
+		defer close(next.done)
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.tx == nil || s.ahead != next {
+			return
+		}
+		page, err := readPage(ctx, db.New(s.tx), recordType, from, limit)
+		if err != nil {
+			return // the read that follows meets the same, and says so
+		}
+		next.page, next.valid = page, true
+	}()
+}
+
+// takeAhead returns the page from a key on that was read ahead, if there is one.
+func (s *snapshot) takeAhead(from key) (page []db.RecordsPageRow, ok bool) {
+	s.mu.Lock()
+	next := s.ahead
+	s.mu.Unlock()
+	if next == nil {
+		return nil, false
+	}
+	<-next.done
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.ahead = nil
+	return next.page, next.valid && next.from == from
 }
 
 // pace sets the size of the next page by what a client has taken of the one before, and whether that was too much for it.
@@ -112,12 +165,21 @@ func (s *snapshot) openLocked(ctx context.Context) error {
 	return nil
 }
 
-// close ends the snapshot and gives its connection back. It may be called at any time, from any
-// goroutine, and waits for a read that is under way.
+// close ends the snapshot and gives its connection back, and what was read ahead with it. It may be called at any time, from
+// any goroutine, and waits for a read that is under way.
 func (s *snapshot) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.ahead != nil {
+		s.ahead.valid, s.ahead.page = false, nil
+	}
 	s.closeLocked()
+}
+
+// end closes the snapshot for good: nothing is read any more when it returns.
+func (s *snapshot) end() {
+	s.takeAhead(key{})
+	s.close()
 }
 
 func (s *snapshot) closeLocked() {

@@ -37,6 +37,7 @@ func (s *brokerServer) Sync(request *databroker.SyncRequest, stream grpc.ServerS
 	if err != nil {
 		return s.streamError(ctx, err)
 	}
+	defer cursor.Close()
 	s.metrics.streams.Inc()
 	defer s.metrics.streams.Dec()
 	wait := request.Wait == nil || *request.Wait
@@ -112,7 +113,9 @@ func (s *brokerServer) SyncLatest(request *databroker.SyncLatestRequest, stream 
 		return err
 	}
 	snapshot := s.newSnapshot()
-	defer snapshot.close()
+	defer snapshot.end()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // whatever is still being read
 	state, typed, err := snapshot.state(ctx)
 	if err != nil {
 		return s.streamError(ctx, err)
@@ -125,6 +128,7 @@ func (s *brokerServer) SyncLatest(request *databroker.SyncLatestRequest, stream 
 		if len(page) == 0 {
 			break
 		}
+		snapshot.readAhead(ctx, request.Type, keyAfter(&page[len(page)-1]))
 		if from, err = s.sendPage(snapshot, page, stream); err != nil {
 			return err
 		}
@@ -159,10 +163,13 @@ func (s *Server) sendPage(snapshot *snapshot, page []db.RecordsPageRow, stream g
 		if err := stream.SendMsg(message); err != nil {
 			return from, err
 		}
-		// No text sorts between a text and the same followed by U+0001, the lowest character there is.
-		from = key{row.Type, row.ID + "\x01"}
+		from = keyAfter(&row)
 	}
 }
+
+// keyAfter returns the lowest key above that of a record: no text sorts between a text and the same followed by U+0001, the
+// lowest character there is.
+func keyAfter(row *db.RecordsPageRow) key { return key{row.Type, row.ID + "\x01"} }
 
 // optionsSender sends the options of a stream's types, and later those that have changed.
 type optionsSender struct {

@@ -55,20 +55,27 @@ type written struct {
 	modifiedAt time.Time
 }
 
-// Bounds of a batch.
+// Bounds of a batch, which holds the order lock while it is written: some 250 sessions, which take a tenth of what may
+// delay a revocation. While one is written, the requests of the next gather.
 const (
 	maxBatchRequests = 1000
-	maxBatchBytes    = 8 << 20
+	maxBatchWeight   = 1 << 20
+	// heavyWeight is that of a request of some 30 sessions, such as a directory's.
+	heavyWeight = 128 << 10
+	// rowWeight is what a row weighs besides its bytes: about what it takes longer to write.
+	rowWeight = 1 << 10
 )
 
 func newWriter(database *db.DB, timeout time.Duration) *writer {
 	w := &writer{db: database, queries: db.New(database), timeout: timeout}
 	w.combiner = combiner.New(combiner.Config[*writeRequest, writeResult]{
-		Run:         w.run,
+		Run: w.run,
+
 		RetryAlone:  blamesRequest,
 		Weight:      (*writeRequest).weight,
 		MaxRequests: maxBatchRequests,
-		MaxWeight:   maxBatchBytes,
+		MaxWeight:   maxBatchWeight,
+		HeavyWeight: heavyWeight,
 	})
 	return w
 }
@@ -82,7 +89,7 @@ func (r *writeRequest) weight() int {
 	weight := 0
 	for i := range r.rows {
 		row := &r.rows[i]
-		weight += 100 + len(row.recordType) + len(row.id) + len(row.payload) + len(row.projection.Data) + len(row.projection.SearchText)
+		weight += rowWeight + len(row.recordType) + len(row.id) + len(row.payload) + len(row.projection.Data) + len(row.projection.SearchText)
 	}
 	return weight
 }

@@ -41,6 +41,10 @@ const noSecretHint = "no shared secret is configured: give --shared-secret-file 
 // addClientFlags gives a command what it needs to call the server.
 func (a *app) addClientFlags(cmd *cobra.Command) {
 	addSettingFlags(cmd.Flags(), useClient)
+	a.addTimeoutFlag(cmd)
+}
+
+func (a *app) addTimeoutFlag(cmd *cobra.Command) {
 	a.timeout = 10 * time.Second
 	f := cmd.Flags().VarPF(&patience{&a.timeout}, "timeout", "", "longest that a request may take")
 	f.DefValue = a.timeout.String()

@@ -8,12 +8,14 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/spf13/cobra"
 
+	"pgbroker/db"
 	"pgbroker/migrations"
 )
 
 func (a *app) migrateCommand() *cobra.Command {
 	cmd := group("migrate", "Build and change the database schema",
-		a.migrateUpCommand(), a.migrateDownCommand(), a.migrateVersionCommand(), a.migratePlanCommand(), a.migrateForceCommand())
+		a.migrateUpCommand(), a.migrateDownCommand(), a.migrateVersionCommand(), a.migratePlanCommand(), a.migrateForceCommand(),
+		a.migrateGrantsCommand())
 	cmd.Long = `Build and change the schema of the database that database_url names. Any number of processes may do so at once: they take
 turns. The connection must lead to Postgres directly, not through a pooler in transaction mode.`
 	return cmd
@@ -186,4 +188,50 @@ schema, for whoever has looked at it.`,
 			return err
 		}),
 	})
+}
+
+func (a *app) migrateGrantsCommand() *cobra.Command {
+	var wanted db.GrantsParams
+	cmd := a.addMigrateFlags(&cobra.Command{
+		Use: "grants [--reader ROLE] [--writer ROLE] [--server ROLE]", Short: "Print the privileges that roles need, as SQL", Args: cobra.NoArgs,
+		Long: `Print the statements that give roles what they need, and take from them what they do not. They change nothing until they are
+run, may be run again, and should be after each upgrade. Roles that do not exist yet are created by them, without a password.
+
+The reader sees the views, which show no tokens. The writer also revokes and writes records, without reading payloads. The
+server is what replicas connect as.`,
+		Example: `  pgbroker migrate grants --reader support --server pgbroker_app | psql "$DATABASE_URL"`,
+		RunE: a.onDatabase(func(ctx context.Context, database *pgx.ConnConfig) error {
+			roles := 0
+			for flag, role := range map[string]string{"reader": wanted.Reader, "writer": wanted.Writer, "server": wanted.Server} {
+				if err := checkText(flag, role); err != nil {
+					return err
+				}
+				if role != "" {
+					roles++
+				}
+			}
+			if roles == 0 {
+				return usagef("give --reader, --writer or --server")
+			}
+			conn, err := pgx.ConnectConfig(ctx, database)
+			if err != nil {
+				return err
+			}
+			defer conn.Close(ctx)
+			statements, err := db.New(conn).Grants(ctx, wanted)
+			if err != nil {
+				return err
+			}
+			for _, statement := range statements {
+				if _, err := fmt.Fprintln(a.stdout, statement); err != nil {
+					return err
+				}
+			}
+			return nil
+		}),
+	})
+	cmd.Flags().StringVar(&wanted.Reader, "reader", "", "role of people who look")
+	cmd.Flags().StringVar(&wanted.Writer, "writer", "", "role of people who revoke and scripts that write")
+	cmd.Flags().StringVar(&wanted.Server, "server", "", "role that replicas connect as")
+	return cmd
 }

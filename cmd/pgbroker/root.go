@@ -168,8 +168,8 @@ Exit codes:
 			root.AddCommand(c)
 		}
 	}
-	add("server", a.serveCommand(), a.migrateCommand(), a.psqlCommand())
-	add("client", a.recordCommand(), a.typesCommand(), a.optionsCommand(), a.watchCommand(), a.leaseCommand(),
+	add("server", a.serveCommand(), a.migrateCommand(), a.schemaCommand(), a.psqlCommand())
+	add("client", a.sessionsCommand(), a.recordCommand(), a.directoryCommand(), a.typesCommand(), a.optionsCommand(), a.watchCommand(), a.leaseCommand(),
 		a.serviceCommand(), a.checkpointCommand(), a.infoCommand(), a.healthCommand())
 	add("tools", a.benchCommand(), a.configCommand(), a.secretCommand(), a.versionCommand())
 	root.SetHelpCommandGroupID("tools")

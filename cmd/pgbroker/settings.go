@@ -40,6 +40,7 @@ type Config struct {
 	ShutdownTimeout    time.Duration
 	MaxMessageSize     byteSize
 	TombstoneRetention time.Duration
+	AuditRetention     time.Duration
 	FeedBytes          byteSize
 	PollInterval       time.Duration
 	LockWarning        time.Duration
@@ -268,6 +269,12 @@ var settings = []setting{
 		check: func(c *Config) error { return checkPositive(c.TombstoneRetention) },
 		help: "How long deletions are remembered. A client that was away for longer must load everything again, where records " +
 			"of its type were deleted meanwhile.",
+	},
+	{
+		name: "audit_retention", use: useServe,
+		field: func(c *Config) any { return &c.AuditRetention }, def: "2160h",
+		check: func(c *Config) error { return checkPositive(c.AuditRetention) },
+		help:  "How long it is remembered who revoked what (the view `pgbroker.revocations`).",
 	},
 	{
 		name: "feed_bytes", use: useServe,

@@ -389,11 +389,16 @@ func TestReadmeRoles(t *testing.T) {
 	database := dbtest.New(t)
 	role := "pgbroker_app_" + database.Name // roles belong to the whole server
 	for _, block := range readmeBlocks(t, "roles") {
-		database.Exec(t, strings.ReplaceAll(block.text, "pgbroker_app", role))
+		command, _, _ := strings.Cut(block.text, " | ")
+		args := strings.Fields(strings.NewReplacer(
+			"pgbroker_app", role, "support", "support_"+database.Name, "oncall", "oncall_"+database.Name).Replace(command))
+		database.Exec(t, mustTry(t, []string{"PGBROKER_DATABASE_URL=" + database.ConnString}, args[1:]...))
 	}
 	t.Cleanup(func() {
-		if _, err := database.Connect(t).Exec(context.Background(), "DROP OWNED BY "+role+"; DROP ROLE "+role); err != nil {
-			t.Errorf("drop the role: %v", err)
+		for _, name := range []string{role, "support_" + database.Name, "oncall_" + database.Name} {
+			if _, err := database.Connect(t).Exec(context.Background(), "DROP OWNED BY "+name+"; DROP ROLE "+name); err != nil {
+				t.Errorf("drop the role: %v", err)
+			}
 		}
 	})
 	// Whoever the tests log in as, this is whose privileges count.

@@ -43,6 +43,7 @@ func (a *app) typesCommand() *cobra.Command {
 	}
 	a.addOutputFlag(cmd)
 	a.addClientFlags(cmd)
+	cmd.AddCommand(a.typesShowCommand(), a.typesSetCommand())
 	return cmd
 }
 

@@ -2,10 +2,13 @@ package dbtest
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"maps"
 	"net"
 	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -37,7 +40,14 @@ type Postgres struct {
 // The test is skipped, or failed if CI=true, when there are no server binaries.
 func Server(t testing.TB, settings map[string]string) *Postgres {
 	t.Helper()
-	return start(t, embedded.Config{Settings: settings})
+	return ServerIn(t, "", settings)
+}
+
+// ServerIn is Server with its files below a directory that others can enter;
+// "" is the usual one.
+func ServerIn(t testing.TB, dir string, settings map[string]string) *Postgres {
+	t.Helper()
+	return start(t, embedded.Config{Dir: dir, Settings: settings})
 }
 
 // Standby starts a streaming standby of the server.
@@ -57,7 +67,11 @@ func start(t testing.TB, cfg embedded.Config) *Postgres {
 		t.Skipf("dbtest: %v", err)
 	}
 	cfg.Ephemeral, cfg.TCP = true, true
-	settings := map[string]string{"synchronous_commit": "on", "max_locks_per_transaction": "256"}
+	settings := map[string]string{
+		"synchronous_commit": "on", "max_locks_per_transaction": "256",
+		"max_standby_streaming_delay": "-1",    // queries here are short: replay waits for them
+		"wal_retrieve_retry_interval": "100ms", // a promotion may wait for its end
+	}
 	maps.Copy(settings, cfg.Settings)
 	cfg.Settings = settings
 	server, err := embedded.Start(ctx, cfg)
@@ -96,6 +110,12 @@ func (p *Postgres) SocketConnString() string { return p.server.ConnString() }
 // Dir returns the directory of the server's files, which belongs to the user
 // that it runs as.
 func (p *Postgres) Dir() string { return filepath.Join(p.server.Dir(), "postgres") }
+
+// PID returns the process of the postmaster, the parent of all others.
+func (p *Postgres) PID() int { return p.server.PID() }
+
+// Done is closed when the postmaster has ended, until Restart.
+func (p *Postgres) Done() <-chan struct{} { return p.server.Done() }
 
 // ConnString returns a connection string that names several addresses, of
 // servers that Server has started or of nobody, in the given order.
@@ -149,23 +169,85 @@ func (p *Postgres) Promote() {
 	p.Exec("SELECT pg_promote(true, 60)")
 }
 
+// Detach makes a standby stop receiving from its primary: what is committed
+// there from now on it does not have.
+func (p *Postgres) Detach() {
+	p.t.Helper()
+	p.Exec("ALTER SYSTEM SET primary_conninfo = ''")
+	p.Exec("SELECT pg_reload_conf()")
+	p.await("the standby to be detached", "SELECT NOT EXISTS (SELECT FROM pg_stat_wal_receiver) FROM pg_sleep(0.01)")
+}
+
+// Follow starts a server that was stopped as a standby of another one. What it
+// has must be part of what the other one has, as after Stop.
+func (p *Postgres) Follow(primary *Postgres) {
+	p.t.Helper()
+	data := filepath.Join(p.Dir(), "data")
+	settings, err := os.OpenFile(filepath.Join(data, "postgresql.auto.conf"), os.O_WRONLY|os.O_APPEND, 0)
+	if err == nil {
+		_, err = fmt.Fprintf(settings, "primary_conninfo = '%s'\n", primary.SocketConnString())
+		err = errors.Join(err, settings.Close())
+	}
+	if err == nil {
+		err = os.WriteFile(filepath.Join(data, "standby.signal"), nil, 0o644)
+	}
+	if err != nil {
+		p.t.Fatalf("dbtest: make a standby: %v", err)
+	}
+	p.Restart()
+}
+
+// Dump writes the database into a new file, as pg_dump does, and returns its
+// path.
+func (p *Postgres) Dump() string {
+	p.t.Helper()
+	path := filepath.Join(p.t.TempDir(), "dump")
+	p.run("pg_dump", "--format=custom", "--file="+path, "--dbname="+p.SocketConnString())
+	return path
+}
+
+// Load restores a dump into the empty database, as pg_restore does, in one
+// transaction: nobody sees half of it.
+func (p *Postgres) Load(dump string) {
+	p.t.Helper()
+	p.run("pg_restore", "--single-transaction", "--dbname="+p.SocketConnString(), dump)
+}
+
+func (p *Postgres) run(tool string, args ...string) {
+	p.t.Helper()
+	cmd := exec.Command(filepath.Join(p.server.Binaries().Dir, tool), args...)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		p.t.Fatalf("dbtest: %s: %v\n%s", tool, err, out)
+	}
+}
+
 // CatchUp returns when the standby has replayed all that the primary has
 // committed so far.
 func (p *Postgres) CatchUp(primary *Postgres) {
 	p.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	from, to := primary.connect(ctx), p.connect(ctx)
-	defer from.Close(ctx)
-	defer to.Close(ctx)
+	conn := primary.connect(ctx)
+	defer conn.Close(ctx)
 	var lsn string
-	err := from.QueryRow(ctx, "SELECT pg_current_wal_lsn()::text").Scan(&lsn)
-	for replayed := false; err == nil && !replayed; {
-		// Postgres tells nobody when replay gets somewhere.
-		err = to.QueryRow(ctx, "SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn FROM pg_sleep(0.01)", lsn).Scan(&replayed)
-	}
-	if err != nil {
+	if err := conn.QueryRow(ctx, "SELECT pg_current_wal_lsn()::text").Scan(&lsn); err != nil {
 		p.t.Fatalf("dbtest: wait for the standby: %v", err)
+	}
+	p.await("the standby to catch up", "SELECT pg_last_wal_replay_lsn() >= '"+lsn+"' FROM pg_sleep(0.01)")
+}
+
+// await repeats a query until its result is true. Postgres tells nobody when
+// replication gets somewhere.
+func (p *Postgres) await(what, sql string) {
+	p.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	conn := p.connect(ctx)
+	defer conn.Close(ctx)
+	for done := false; !done; {
+		if err := conn.QueryRow(ctx, sql).Scan(&done); err != nil {
+			p.t.Fatalf("dbtest: wait for %s: %v", what, err)
+		}
 	}
 }
 

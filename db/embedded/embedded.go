@@ -388,6 +388,10 @@ func (s *Server) arguments() []string {
 		"unix_socket_permissions": "0700",
 		"logging_collector":       "off",
 		"log_destination":         "stderr",
+		// The defaults are for machines of long ago: with them a directory that is loaded makes a checkpoint every few
+		// seconds, and the pages that sessions are in move in and out. The memory is taken as it is used.
+		"shared_buffers": "512MB",
+		"max_wal_size":   "4GB",
 	}
 	if s.cfg.TCP {
 		settings["listen_addresses"] = "127.0.0.1"

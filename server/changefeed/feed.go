@@ -51,6 +51,9 @@ type Config struct {
 	Queries *db.Queries
 	// Listen opens the connection that listens for notifications.
 	Listen func(context.Context) (*pgx.Conn, error)
+	// Settle makes sure that the server is one that this replica may use, and begins its epoch. It is called
+	// when the database can be read again.
+	Settle func(context.Context) error
 	// Encode turns a change into the bytes that every stream sends. It is called once for each change
 	// in the ring, and once for each change that a stream behind the ring reads.
 	Encode func(*db.ChangesAfterRow) []byte
@@ -92,18 +95,41 @@ type Feed struct {
 	catchUp  chan struct{} // bounds the streams that read the table at the same time
 	view     atomic.Pointer[view]
 	stats    stats
+
+	followers followers
 }
 
 // view is what cursors see: an immutable snapshot, replaced as a whole by the tailer.
 type view struct {
 	serverVersion int64 // 0 until the database has been read for the first time
 	options       *Options
-	base, head    int64     // the ring holds every change in (base, head]
-	ring          []*Change // ascending by version
-	ringBytes     int
-	err           error         // why the latest read of the database failed; nil if it succeeded
-	replaced      chan struct{} // closed when a newer view is there
+	start, head   int64 // the feed has read every change in (start, head]
+	all           *ring
+	types         map[string]*ring // of the types that have changed since start
+	bytes         int              // of all
+	err           error            // why the latest read of the database failed; nil if it succeeded
 	stopped       bool
+	replaced      chan struct{} // closed when a newer view is there
+	turned        chan struct{} // closed when one is there that differs in more than changes of known types
+}
+
+// ring is the recent changes of a type, or of all types; immutable, too. Streams of one type, and most are, neither look at
+// nor wake up for what happens to others.
+type ring struct {
+	base    int64         // the ring holds every change in (base, view.head]
+	changes []*Change     // ascending by version; may begin with some up to base
+	grown   chan struct{} // closed when there is one with further changes; nil if there was no change yet
+}
+
+// ring returns the ring of a type, or of all types for "".
+func (v *view) ring(recordType string) *ring {
+	if recordType == "" {
+		return v.all
+	}
+	if r, ok := v.types[recordType]; ok {
+		return r
+	}
+	return &ring{base: v.start}
 }
 
 // New returns a feed that does nothing until Run.
@@ -126,7 +152,10 @@ func New(config Config) *Feed {
 			channelServices: config.OnServices,
 		},
 	}
-	f.view.Store(&view{err: errors.New("the database has not been read yet"), replaced: make(chan struct{})})
+	f.view.Store(&view{
+		all: &ring{grown: make(chan struct{})}, err: errors.New("the database has not been read yet"),
+		replaced: make(chan struct{}), turned: make(chan struct{}),
+	})
 	return f
 }
 
@@ -159,15 +188,31 @@ func (f *Feed) Options() *Options { return f.view.Load().options }
 // recovery.
 func (f *Feed) Watch() <-chan struct{} { return f.view.Load().replaced }
 
-// publish replaces the view by a changed copy and wakes everybody who waits for one. Only the tailer's
-// goroutine, and Run after it, may call it.
+// publish replaces the view by a changed copy and wakes those who wait for what has changed. Only the tailer's goroutine, and
+// Run after it, may call it.
 func (f *Feed) publish(change func(*view)) {
 	old := f.view.Load()
 	next := *old
 	next.replaced = make(chan struct{})
 	change(&next)
+	turned := next.serverVersion != old.serverVersion || next.options != old.options || next.stopped != old.stopped ||
+		(next.err == nil) != (old.err == nil) || len(next.types) != len(old.types)
+	if turned {
+		next.turned = make(chan struct{})
+	}
 	f.view.Store(&next)
 	close(old.replaced)
+	if turned {
+		close(old.turned)
+	}
+	if next.all.grown != old.all.grown {
+		close(old.all.grown)
+	}
+	for recordType, r := range old.types {
+		if now := next.types[recordType]; now == nil || now.grown != r.grown {
+			close(r.grown)
+		}
+	}
 }
 
 // Cursor is a reader's place in the feed. It is not safe for concurrent use.
@@ -176,35 +221,52 @@ type Cursor struct {
 	recordType    string
 	serverVersion int64
 	version       int64 // everything up to here has been delivered, or is of another type
-	options       *Options
-	page          int // most changes to read from the table at once
+	// ahead says that version was above the head when last seen: the client comes from a faster replica, or
+	// has seen what a failover then undid. The table tells which.
+	ahead   bool
+	options *Options
+	page    int // most changes to read from the table at once
 }
 
 // Open returns a cursor for the changes of a type, or of all types if it is "", after a version. It fails
-// with one of the reasons to start over if not all of those changes are there.
+// with one of the reasons to start over if not all of those changes are there. Close the cursor when it is
+// no longer needed.
 func (f *Feed) Open(ctx context.Context, serverVersion, version int64, recordType string) (*Cursor, error) {
-	if err := f.awaitDataSet(ctx, serverVersion); err != nil {
+	// First, so that what the tailer reads from now on is in the ring.
+	f.followers.add(recordType)
+	cursor := &Cursor{feed: f, recordType: recordType, serverVersion: serverVersion, version: version, page: maxNextChanges}
+	if err := cursor.open(ctx); err != nil {
+		cursor.Close()
 		return nil, err
 	}
-	check, err := f.config.Queries.StreamCheck(ctx, db.StreamCheckParams{Type: recordType, Version: version})
+	return cursor, nil
+}
+
+// Close says that the cursor is no longer needed.
+func (c *Cursor) Close() { c.feed.followers.remove(c.recordType) }
+
+// open checks that a cursor can begin where it is.
+func (c *Cursor) open(ctx context.Context) error {
+	f := c.feed
+	if err := f.awaitDataSet(ctx, c.serverVersion); err != nil {
+		return err
+	}
+	check, err := f.config.Queries.StreamCheck(ctx, db.StreamCheckParams{Type: c.recordType, Version: c.version})
 	switch {
 	case err != nil:
-		return nil, fmt.Errorf("check the stream's versions: %w", err)
-	case check.ServerVersion != serverVersion:
-		return nil, ErrDataSetChanged
+		return fmt.Errorf("check the stream's versions: %w", err)
+	case check.ServerVersion != c.serverVersion:
+		return ErrDataSetChanged
 	case check.Lost:
-		return nil, ErrLost
-	case check.PurgedVersion > version:
-		return nil, ErrPurged
+		return ErrLost
+	case check.PurgedVersion > c.version:
+		return ErrPurged
 	}
-	if version > f.view.Load().head {
+	if c.version > f.view.Load().head {
 		f.Wake() // the client comes from a faster replica
 	}
 	// A stream starts with the options of the moment, also those that another replica has just set.
-	if err := f.await(ctx, func(v *view) bool { return v.options.version >= check.OptionsVersion }); err != nil {
-		return nil, err
-	}
-	return &Cursor{feed: f, recordType: recordType, serverVersion: serverVersion, version: version, page: maxNextChanges}, nil
+	return f.await(ctx, func(v *view) bool { return v.options.version >= check.OptionsVersion })
 }
 
 // awaitDataSet waits until the feed follows the data set of a server version, and fails with
@@ -286,10 +348,11 @@ func (c *Cursor) Next(ctx context.Context, wait bool) (Event, error) {
 		}
 		var retry <-chan time.Time
 		end := false
+		ring := v.ring(c.recordType)
 		switch {
-		case c.version >= v.base && c.version < v.head:
-			event.Changes = c.readRing(v)
-		case c.version < v.base || !wait: // the table also knows what the ring has not heard of yet
+		case c.version >= ring.base && c.version < v.head && !c.ahead:
+			event.Changes = c.readRing(ring, v.head)
+		case c.version < v.head || !wait: // the table also knows what the ring has not heard of yet
 			var err error
 			event.Changes, end, err = c.readTable(ctx)
 			if err != nil {
@@ -299,6 +362,7 @@ func (c *Cursor) Next(ctx context.Context, wait bool) (Event, error) {
 				retry, end = time.After(retryTime), true
 			}
 		default:
+			c.ahead = c.version > v.head
 			end = true
 		}
 		switch {
@@ -308,7 +372,8 @@ func (c *Cursor) Next(ctx context.Context, wait bool) (Event, error) {
 			continue // passed changes of other types; there is more
 		}
 		select {
-		case <-v.replaced:
+		case <-ring.grown:
+		case <-v.turned:
 		case <-retry:
 		case <-ctx.Done():
 			return Event{}, ctx.Err()
@@ -323,29 +388,25 @@ func (c *Cursor) Rewind(version int64, taken int) {
 	c.page = max(taken, 1)
 }
 
-// readRing returns the next changes from a view whose ring covers the cursor.
-func (c *Cursor) readRing(v *view) []*Change {
-	i, _ := slices.BinarySearchFunc(v.ring, c.version, func(change *Change, version int64) int {
+// readRing returns the next changes from a ring that covers the cursor and reaches up to head.
+func (c *Cursor) readRing(r *ring, head int64) []*Change {
+	first, _ := slices.BinarySearchFunc(r.changes, c.version, func(change *Change, version int64) int {
 		if change.Version <= version {
 			return -1
 		}
 		return 1
 	})
-	var changes []*Change
+	following := r.changes[first:]
 	bytes := 0
-	for ; i < len(v.ring); i++ {
-		change := v.ring[i]
-		if c.recordType == "" || c.recordType == change.Type {
-			if len(changes) == maxNextChanges || bytes > maxNextBytes {
-				return changes
-			}
-			changes = append(changes, change)
-			bytes += len(change.Message)
+	for i, change := range following {
+		if i == maxNextChanges || bytes > maxNextBytes {
+			following, head = following[:i], following[i-1].Version
+			break
 		}
-		c.version = change.Version
+		bytes += len(change.Message)
 	}
-	c.version = v.head
-	return changes
+	c.version = head
+	return slices.Clone(following) // or a stream that stops would keep all of the ring, as it is now, in memory
 }
 
 // readTable returns the next changes from the table, and whether those were the last ones.
@@ -357,17 +418,18 @@ func (c *Cursor) readTable(ctx context.Context) (changes []*Change, end bool, er
 		return nil, false, ctx.Err()
 	}
 	rows, err := c.feed.config.Queries.ChangesAfter(ctx, db.ChangesAfterParams{
-		Type: c.recordType, After: c.version, MaxRows: int32(c.page), MaxBytes: maxNextBytes,
+		Type: c.recordType, After: c.version, AllPayloads: true, PayloadTypes: []string{}, MaxRows: int32(c.page), MaxBytes: maxNextBytes,
 	})
 	if err != nil {
 		return nil, false, fmt.Errorf("read changes: %w", err)
 	}
 	c.feed.stats.tableReads.Add(1)
+	c.ahead = false
 	first := &rows[0]
 	switch {
 	case first.ServerVersion != c.serverVersion:
 		return nil, false, ErrDataSetChanged
-	case first.Lost:
+	case first.Lost > 0:
 		return nil, false, ErrLost
 	case first.PurgedVersion > c.version:
 		return nil, false, ErrPurged

@@ -31,7 +31,7 @@ type listener struct {
 func (l *listener) run(ctx context.Context) {
 	delay := backoff.NewExponentialBackOff()
 	delay.InitialInterval = 50 * time.Millisecond
-	delay.MaxInterval = 5 * time.Second
+	delay.MaxInterval = time.Second
 	for ctx.Err() == nil {
 		connected, err := l.listen(ctx)
 		l.stats.listening.Store(false)
@@ -66,7 +66,7 @@ func (l *listener) listen(ctx context.Context) (connected bool, err error) {
 		if wake == nil {
 			continue
 		}
-		if _, err := conn.Exec(ctx, "LISTEN "+pgx.Identifier{channel}.Sanitize()); err != nil {
+		if err := l.listenTo(ctx, conn, channel); err != nil {
 			return false, fmt.Errorf("listen: %w", err)
 		}
 	}
@@ -90,6 +90,13 @@ func (l *listener) listen(ctx context.Context) (connected bool, err error) {
 			wake()
 		}
 	}
+}
+
+func (l *listener) listenTo(ctx context.Context, conn *pgx.Conn, channel string) error {
+	answer, cancel := context.WithTimeout(ctx, answerTime)
+	defer cancel()
+	_, err := conn.Exec(answer, "LISTEN "+pgx.Identifier{channel}.Sanitize())
+	return err
 }
 
 // selfTest checks that a notification arrives at all: behind a pooler in transaction mode LISTEN succeeds

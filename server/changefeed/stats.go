@@ -11,6 +11,9 @@ type Stats struct {
 	TailReads   int64 // reads of the change log for all streams
 	TableReads  int64 // reads of the change log for single streams that are behind the ring
 	Unannounced int64 // reads that found changes although listening and not notified
+	// VersionsLost is how many versions this replica has delivered, or might have, that the database then no
+	// longer had.
+	VersionsLost int64
 }
 
 type stats struct {
@@ -19,6 +22,8 @@ type stats struct {
 	tailReads   atomic.Int64
 	tableReads  atomic.Int64
 	unannounced atomic.Int64
+
+	versionsLost atomic.Int64
 }
 
 // Stats returns the figures of the moment.
@@ -26,11 +31,13 @@ func (f *Feed) Stats() Stats {
 	v := f.view.Load()
 	return Stats{
 		Head:        v.head,
-		RingBytes:   v.ringBytes,
+		RingBytes:   v.bytes,
 		Listening:   f.stats.listening.Load(),
 		Connects:    f.stats.connects.Load(),
 		TailReads:   f.stats.tailReads.Load(),
 		TableReads:  f.stats.tableReads.Load(),
 		Unannounced: f.stats.unannounced.Load(),
+
+		VersionsLost: f.stats.versionsLost.Load(),
 	}
 }

@@ -3,6 +3,7 @@ package changefeed
 import (
 	"context"
 	"fmt"
+	"maps"
 	"time"
 
 	"pgbroker/db"
@@ -13,6 +14,9 @@ const (
 	tailRows  = 2000
 	tailBytes = 4 << 20
 )
+
+// unreadTime is how long after a failed read the tailer tries again: streams and health wait for that.
+const unreadTime = 250 * time.Millisecond
 
 // tail publishes what is new at each wake-up and on a slow tick, until ctx ends.
 func (f *Feed) tail(ctx context.Context) {
@@ -31,10 +35,16 @@ func (f *Feed) tail(ctx context.Context) {
 		if more {
 			continue
 		}
+		var retry <-chan time.Time
+		if err != nil {
+			retry = time.After(unreadTime)
+		}
 		select {
 		case <-f.wake:
 			asked = true
 		case <-tick.C:
+			asked = false
+		case <-retry:
 			asked = false
 		case <-ctx.Done():
 			return
@@ -49,10 +59,10 @@ func (f *Feed) noteRead(ctx context.Context, err error) {
 	case err != nil && before == nil:
 		f.logger.WarnContext(ctx, "cannot read changes; streams wait", "error", err)
 	case err == nil && before != nil:
-		// The server may be another one than before: begin its epoch now, not at the next write, so that
+		// The server may be another one than before: its epoch begins now, not at the next write, so that
 		// streams which have seen what it lacks are told.
-		if err = f.beginEpoch(ctx); err != nil {
-			f.logger.WarnContext(ctx, "cannot begin the server's epoch", "error", err)
+		if err = f.config.Settle(ctx); err != nil {
+			f.logger.WarnContext(ctx, "cannot settle with the database", "error", err)
 			return
 		}
 		f.logger.InfoContext(ctx, "reading changes", "version", f.view.Load().head)
@@ -60,16 +70,6 @@ func (f *Feed) noteRead(ctx context.Context, err error) {
 		return
 	}
 	f.publish(func(v *view) { v.err = err })
-}
-
-// beginEpoch begins an epoch if the server is another one than that of the latest write. It waits for the order lock only
-// then, so that whoever holds that for long does not keep a replica from serving reads.
-func (f *Feed) beginEpoch(ctx context.Context) error {
-	current, err := f.config.Queries.EpochIsCurrent(ctx)
-	if err != nil || current {
-		return err
-	}
-	return f.config.Queries.OrderLock(ctx)
 }
 
 // readNew reads what follows the head and publishes it. It returns how many changes that were, and whether
@@ -80,8 +80,9 @@ func (f *Feed) readNew(ctx context.Context) (found int, more bool, err error) {
 	if v.serverVersion == 0 {
 		after = afterAll // the first time only the end is of interest
 	}
+	followed := f.followers.followed()
 	rows, err := f.config.Queries.ChangesAfter(ctx, db.ChangesAfterParams{
-		After: after, MaxRows: tailRows, MaxBytes: tailBytes,
+		After: after, AllPayloads: followed.all, PayloadTypes: followed.types, MaxRows: tailRows, MaxBytes: tailBytes,
 	})
 	if err != nil {
 		return 0, false, err
@@ -96,35 +97,45 @@ func (f *Feed) readNew(ctx context.Context) (found int, more bool, err error) {
 	}
 	switch {
 	case v.serverVersion != first.ServerVersion:
-		f.restart(options, first)
+		f.restart(ctx, options, first)
 		return 0, false, nil
-	case first.Lost || first.LatestVersion < v.head:
-		return 0, false, f.forgetLost(ctx, v, first)
+	case versionsLost(v, first) > 0:
+		return 0, false, f.forgetLost(ctx, v)
 	case first.Version == 0:
 		if options != v.options {
 			f.publish(func(v *view) { v.options = options })
 		}
 		return 0, false, nil
 	}
-	f.append(options, rows)
+	f.append(options, rows, followed)
 	return len(rows), rows[len(rows)-1].Version < first.LatestVersion, nil
 }
 
-// restart publishes an empty ring at the end of the log.
-func (f *Feed) restart(options *Options, at *db.ChangesAfterRow) {
+// versionsLost returns how many of the versions that this replica has read are gone.
+func versionsLost(v *view, found *db.ChangesAfterRow) int64 {
+	return max(found.Lost, v.head-found.LatestVersion, 0)
+}
+
+// restart publishes empty rings at the end of the log, and tells what was lost with the data set before.
+func (f *Feed) restart(ctx context.Context, options *Options, at *db.ChangesAfterRow) {
+	before := f.view.Load()
+	if lost := versionsLost(before, at); lost > 0 {
+		f.stats.versionsLost.Add(lost)
+		f.logger.ErrorContext(ctx, "the database has lost changes that clients have seen; they start over",
+			"versions_lost", lost, "seen_version", before.head, "survived_version", before.head-lost)
+	}
 	f.publish(func(v *view) {
 		v.serverVersion = at.ServerVersion
 		v.options = options
-		v.base, v.head = at.LatestVersion, at.LatestVersion
-		v.ring, v.ringBytes = nil, 0
+		v.start, v.head = at.LatestVersion, at.LatestVersion
+		v.all = &ring{base: at.LatestVersion, grown: make(chan struct{})}
+		v.types, v.bytes = nil, 0
 	})
 }
 
 // forgetLost gives the data set a new server version, because clients of this replica have seen changes
-// that the database no longer has, and may have cached what they saw.
-func (f *Feed) forgetLost(ctx context.Context, v *view, found *db.ChangesAfterRow) error {
-	f.logger.ErrorContext(ctx, "the database has lost changes that clients have seen; they start over",
-		"seen_version", v.head, "latest_version", found.LatestVersion)
+// that the database no longer has, and may have cached what they saw. The next read finds it.
+func (f *Feed) forgetLost(ctx context.Context, v *view) error {
 	if _, err := f.config.Queries.StateReplaceServerVersion(ctx, v.serverVersion); err != nil {
 		return fmt.Errorf("replace the server version: %w", err)
 	}
@@ -132,25 +143,50 @@ func (f *Feed) forgetLost(ctx context.Context, v *view, found *db.ChangesAfterRo
 	return nil
 }
 
-// append publishes new changes and lets go of the oldest ones.
-func (f *Feed) append(options *Options, rows []db.ChangesAfterRow) {
-	old := f.view.Load()
-	ring, bytes, base := old.ring, old.ringBytes, old.base
-	for i := range rows {
-		change := f.newChange(&rows[i])
-		ring = append(ring, change)
-		bytes += len(change.Message) + changeOverhead
-	}
-	// Older views share the array and read on undisturbed: appending writes behind their end, and what is
-	// let go at the front is left behind when append next moves to a new array.
-	for len(ring) > 1 && bytes > f.config.RingBytes {
-		bytes -= len(ring[0].Message) + changeOverhead
-		base = ring[0].Version
-		ring = ring[1:]
-	}
+// append publishes new changes, of those types that were followed when they were read, and lets go of the oldest ones.
+func (f *Feed) append(options *Options, rows []db.ChangesAfterRow, followed followed) {
 	f.publish(func(v *view) {
+		// Older views share the arrays and read on undisturbed: appending writes behind their end, and what is let go at
+		// the front is left behind when append next moves to a new array.
+		v.all = &ring{base: v.all.base, changes: v.all.changes, grown: make(chan struct{})}
+		known := v.types
+		v.types = maps.Clone(known)
+		if v.types == nil {
+			v.types = make(map[string]*ring)
+		}
+		// own returns the new view's ring of a type.
+		own := func(recordType string) *ring {
+			r := v.types[recordType]
+			if r == nil || r == known[recordType] {
+				copied := *v.ring(recordType)
+				r = &copied
+				v.types[recordType] = r
+			}
+			return r
+		}
+		for i := range rows {
+			row := &rows[i]
+			r := own(row.Type)
+			if before := known[row.Type]; before == nil && r.grown == nil || before != nil && r.grown == before.grown {
+				r.grown = make(chan struct{})
+			}
+			if !followed.contains(row.Type) {
+				r.base, v.all.base = row.Version, row.Version // whoever follows it since then finds it in the table
+				continue
+			}
+			change := f.newChange(row)
+			r.changes = append(r.changes, change)
+			v.all.changes = append(v.all.changes, change)
+			v.bytes += len(change.Message) + changeOverhead
+		}
+		for len(v.all.changes) > 1 && v.bytes > f.config.RingBytes {
+			oldest := v.all.changes[0]
+			v.bytes -= len(oldest.Message) + changeOverhead
+			v.all.base, v.all.changes = max(v.all.base, oldest.Version), v.all.changes[1:]
+			r := own(oldest.Type)
+			r.base, r.changes = max(r.base, oldest.Version), r.changes[1:]
+		}
 		v.options = options
-		v.ring, v.ringBytes, v.base = ring, bytes, base
 		v.head = rows[len(rows)-1].Version
 	})
 }

@@ -1,8 +1,8 @@
 // Package combiner gathers concurrent requests into batches, so that many callers share the cost of one
 // round trip, one statement and one commit ("group commit").
 //
-// One batch runs at a time. While it runs, new requests gather; the next batch takes them all, within
-// bounds. A request that comes alone runs at once: nobody waits for company. There is no background
+// A few batches run at a time, or only one. While they run, new requests gather; the next batch takes them
+// all, within bounds. A request that comes alone runs at once: nobody waits for company. There is no background
 // goroutine: the caller whose request opens a batch runs it, on its own goroutine, for everyone in it.
 package combiner
 
@@ -36,11 +36,20 @@ type Config[Req, Res any] struct {
 	// nothing.
 	Weight func(Req) int
 
+	// Concurrency is how many batches run at a time; 0 means 1. A second one makes sense where batches that
+	// must run one after the other do so elsewhere: it is there already when the first one ends.
+	Concurrency int
+
 	// MaxRequests bounds the requests of a batch; 0 means 1,000.
 	MaxRequests int
 
 	// MaxWeight bounds the weight of a batch, which always takes at least one request; 0 means no bound.
 	MaxWeight int
+
+	// HeavyWeight is the weight from which requests are heavy: they run in batches of their own, in turns
+	// with those of the others, so that bulk work delays small requests by one batch at most, and is not
+	// kept waiting by them either. 0 means that none is heavy.
+	HeavyWeight int
 
 	// MaxWaiting bounds the requests that wait for a batch to come; beyond it Submit returns ErrFull.
 	// 0 means 100,000.
@@ -58,13 +67,16 @@ type Combiner[Req, Res any] struct {
 	config Config[Req, Res]
 
 	mu      sync.Mutex
-	running bool // a batch runs, or a waiter has been told to run the next one
+	running int  // batches that run, or that a waiter has been told to run
+	heavy   bool // whether the latest of them is one of heavy requests
 	waiting []*call[Req, Res]
 }
 
 // call is a request on its way.
 type call[Req, Res any] struct {
 	request Req
+	weight  int
+	heavy   bool
 	result  Result[Res]
 	lead    bool          // woken to run the next batch, rather than with a result
 	wake    chan struct{} // closed when result or lead is set
@@ -75,6 +87,7 @@ func New[Req, Res any](config Config[Req, Res]) *Combiner[Req, Res] {
 	if config.MaxRequests <= 0 {
 		config.MaxRequests = 1000
 	}
+	config.Concurrency = max(config.Concurrency, 1)
 	if config.MaxWaiting <= 0 {
 		config.MaxWaiting = 100_000
 	}
@@ -86,6 +99,10 @@ func New[Req, Res any](config Config[Req, Res]) *Combiner[Req, Res] {
 func (c *Combiner[Req, Res]) Submit(ctx context.Context, request Req) (Res, error) {
 	var none Res
 	own := &call[Req, Res]{request: request, wake: make(chan struct{})}
+	if c.config.Weight != nil {
+		own.weight = c.config.Weight(request)
+		own.heavy = c.config.HeavyWeight > 0 && own.weight >= c.config.HeavyWeight
+	}
 
 	c.mu.Lock()
 	if len(c.waiting) >= c.config.MaxWaiting {
@@ -93,8 +110,12 @@ func (c *Combiner[Req, Res]) Submit(ctx context.Context, request Req) (Res, erro
 		return none, ErrFull
 	}
 	c.waiting = append(c.waiting, own)
-	lead := !c.running
-	c.running = true
+	own.lead = c.running < c.config.Concurrency
+	if own.lead {
+		c.running++
+		c.heavy = own.heavy
+	}
+	lead := own.lead
 	c.mu.Unlock()
 
 	if !lead {
@@ -108,7 +129,7 @@ func (c *Combiner[Req, Res]) Submit(ctx context.Context, request Req) (Res, erro
 		lead = own.lead
 	}
 	if lead {
-		c.runBatch(ctx)
+		c.runBatch(ctx, own)
 	}
 	return own.result.Value, own.result.Err
 }
@@ -134,8 +155,8 @@ func (c *Combiner[Req, Res]) mustLead(own *call[Req, Res]) bool {
 
 // runBatch takes a batch, which starts with the call of the goroutine that runs it, delivers its results
 // and hands on to the first of those who came meanwhile.
-func (c *Combiner[Req, Res]) runBatch(ctx context.Context) {
-	batch := c.take()
+func (c *Combiner[Req, Res]) runBatch(ctx context.Context, own *call[Req, Res]) {
+	batch := c.take(own)
 	defer c.handOn()
 
 	requests := make([]Req, len(batch))
@@ -154,37 +175,49 @@ func (c *Combiner[Req, Res]) runBatch(ctx context.Context) {
 	}
 }
 
-// take removes the next batch from the front of the queue.
-func (c *Combiner[Req, Res]) take() []*call[Req, Res] {
+// take removes a batch from the queue: the call of the caller who runs it and, in their order, those that are as heavy.
+func (c *Combiner[Req, Res]) take(own *call[Req, Res]) []*call[Req, Res] {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	n, weight := 0, 0
-	for n < len(c.waiting) && n < c.config.MaxRequests {
-		if c.config.Weight != nil {
-			weight += c.config.Weight(c.waiting[n].request)
+	batch := []*call[Req, Res]{own}
+	var rest []*call[Req, Res]
+	weight, full := own.weight, false
+	for _, call := range c.waiting {
+		switch {
+		case call == own:
+			continue
+		case call.heavy == own.heavy && !call.lead && !full:
+			weight += call.weight
+			full = len(batch) == c.config.MaxRequests || c.config.MaxWeight > 0 && weight > c.config.MaxWeight
+			if !full {
+				batch = append(batch, call)
+				continue
+			}
 		}
-		if n > 0 && c.config.MaxWeight > 0 && weight > c.config.MaxWeight {
-			break
-		}
-		n++
+		rest = append(rest, call)
 	}
-	batch := c.waiting[:n:n]
-	c.waiting = c.waiting[n:]
-	if len(c.waiting) == 0 {
-		c.waiting = nil // let go of the array and what it points to
-	}
+	c.waiting = rest
 	return batch
 }
 
-// handOn wakes the first waiting call to run the next batch, if there is one.
+// handOn wakes a waiting call to run the next batch, if there is one: the first, or the first that is not as heavy as the
+// batch before.
 func (c *Combiner[Req, Res]) handOn() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if len(c.waiting) == 0 {
-		c.running = false
+	var next *call[Req, Res]
+	for _, call := range c.waiting {
+		switch {
+		case call.lead: // has been told to run another batch
+		case next == nil, next.heavy == c.heavy && call.heavy != c.heavy:
+			next = call
+		}
+	}
+	if next == nil {
+		c.running--
 		return
 	}
-	next := c.waiting[0]
+	c.heavy = next.heavy
 	next.lead = true
 	close(next.wake)
 }

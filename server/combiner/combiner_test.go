@@ -125,6 +125,31 @@ func TestBounds(t *testing.T) {
 	}
 }
 
+func TestHeavyRequestsTakeTurnsWithTheOthers(t *testing.T) {
+	g := newGate()
+	c := combiner.New(config{Run: g.run, MaxWeight: 100, HeavyWeight: 50, Weight: func(request int) int { return request }})
+	all := []<-chan result{submit(t.Context(), c, 60)}
+	<-g.batches
+	for i, request := range []int{70, 1, 80, 2, 90, 3} {
+		all = append(all, submit(t.Context(), c, request))
+		awaitWaiting(c, i+1)
+	}
+	for i, want := range [][]int{{1, 2, 3}, {70}, {4}, {80}, {90}} {
+		g.proceed <- struct{}{}
+		if got := <-g.batches; !slices.Equal(got, want) {
+			t.Fatalf("batch %v, want %v", got, want)
+		}
+		if i == 1 { // a small one that comes late overtakes
+			all = append(all, submit(t.Context(), c, 4))
+			awaitWaiting(c, 3)
+		}
+	}
+	g.proceed <- struct{}{}
+	for _, done := range all {
+		<-done
+	}
+}
+
 func TestOneBadRequestFailsAlone(t *testing.T) {
 	g := newGate()
 	c := combiner.New(config{
@@ -252,19 +277,23 @@ func TestAPanicLeavesNobodyWaiting(t *testing.T) {
 }
 
 // TestEveryRequestRunsOnce drives random callers, some of them impatient: each request that is answered
-// has run exactly once, one batch at a time.
+// has run exactly once, in no more batches at a time than allowed.
 func TestEveryRequestRunsOnce(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		var mu sync.Mutex
-		var running atomic.Bool
+		var running atomic.Int32
+		concurrency := rapid.Int32Range(1, 3).Draw(t, "concurrency")
 		runs := make(map[int]int)
 		c := combiner.New(config{
+			Concurrency: int(concurrency),
 			MaxRequests: rapid.IntRange(1, 5).Draw(t, "max requests"),
+			HeavyWeight: rapid.IntRange(0, 3).Draw(t, "heavy weight"),
+			Weight:      func(request int) int { return request % 3 },
 			Run: func(ctx context.Context, requests []int) ([]result, error) {
-				if !running.CompareAndSwap(false, true) {
-					panic("two batches at a time")
+				if running.Add(1) > concurrency {
+					panic("too many batches at a time")
 				}
-				defer running.Store(false)
+				defer running.Add(-1)
 				mu.Lock()
 				defer mu.Unlock()
 				for _, request := range requests {

@@ -577,7 +577,17 @@ func newClock(t *testing.T, database *dbtest.Database) *clock {
 		CREATE TABLE test_clock.ahead (by interval NOT NULL);
 		INSERT INTO test_clock.ahead VALUES ('0');
 		CREATE FUNCTION test_clock.clock_timestamp() RETURNS timestamptz LANGUAGE sql
-			AS 'SELECT pg_catalog.clock_timestamp() + by FROM test_clock.ahead'`)
+			AS 'SELECT pg_catalog.clock_timestamp() + by FROM test_clock.ahead';
+		-- Those that look nowhere else are told.
+		DO $$
+		DECLARE f regprocedure;
+		BEGIN
+			FOR f IN SELECT oid FROM pg_proc
+				WHERE pronamespace = 'pgbroker'::regnamespace AND proconfig @> '{"search_path=pg_catalog, pg_temp"}'
+			LOOP
+				EXECUTE format('ALTER FUNCTION %s SET search_path = test_clock, pg_catalog, pg_temp', f);
+			END LOOP;
+		END $$`)
 	setting(t, database, "search_path", "test_clock, pg_catalog, public")
 	return &clock{t, database}
 }

@@ -248,7 +248,7 @@ func next(t *testing.T, stream grpc.ServerStreamingClient[databroker.SyncRespons
 }
 
 // latest returns a request to follow everything from now on.
-func latest(t *testing.T, r *servertest.Replica) *databroker.SyncRequest {
+func latest(t testing.TB, r *servertest.Replica) *databroker.SyncRequest {
 	t.Helper()
 	info, err := r.ServerInfo(t.Context(), nil)
 	if err != nil {
@@ -258,7 +258,7 @@ func latest(t *testing.T, r *servertest.Replica) *databroker.SyncRequest {
 }
 
 // put writes records.
-func put(t *testing.T, r *servertest.Replica, records ...*databroker.Record) *databroker.PutResponse {
+func put(t testing.TB, r *servertest.Replica, records ...*databroker.Record) *databroker.PutResponse {
 	t.Helper()
 	response, err := r.Put(t.Context(), &databroker.PutRequest{Records: records})
 	if err != nil {

@@ -19,7 +19,7 @@ import (
 )
 
 // record returns a record with a payload.
-func record(t *testing.T, recordType, id string, payload proto.Message) *databroker.Record {
+func record(t testing.TB, recordType, id string, payload proto.Message) *databroker.Record {
 	t.Helper()
 	data, err := anypb.New(payload)
 	if err != nil {
@@ -29,7 +29,7 @@ func record(t *testing.T, recordType, id string, payload proto.Message) *databro
 }
 
 // open opens a database until the test ends.
-func open(t *testing.T, connString string) *db.DB {
+func open(t testing.TB, connString string) *db.DB {
 	t.Helper()
 	database, err := db.Open(t.Context(), db.Config{ConnString: connString})
 	if err != nil {
@@ -40,14 +40,14 @@ func open(t *testing.T, connString string) *db.DB {
 }
 
 // migrate installs the schema on a server of the test's own.
-func migrate(t *testing.T, connString string) {
+func migrate(t testing.TB, connString string) {
 	t.Helper()
 	if err := migrations.Up(t.Context(), open(t, connString).ConnConfig()); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func awaitServing(t *testing.T, r *servertest.Replica) {
+func awaitServing(t testing.TB, r *servertest.Replica) {
 	t.Helper()
 	r.AwaitHealth(t, grpc_health_v1.HealthCheckResponse_SERVING)
 }
@@ -62,6 +62,13 @@ func (w *syncWriter) Write(p []byte) (int, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.buffer.Write(p)
+}
+
+// String returns what was written so far.
+func (w *syncWriter) String() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.buffer.String()
 }
 
 // yield lets others run.

@@ -67,10 +67,10 @@ func (s storm) runWith(t *testing.T, breakage string) []string {
 	t.Parallel()
 	broker := servertest.New(t, servertest.Options{Replicas: s.replicas})
 	broker.Database.Exec(t, `
-		CREATE TABLE committed (version bigint, type text, id text, deleted boolean);
+		CREATE TABLE public.committed (version bigint, type text, id text, deleted boolean);
 		CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$
 		BEGIN
-			INSERT INTO committed SELECT version, type, id, deleted FROM added;
+			INSERT INTO public.committed SELECT version, type, id, deleted FROM added;
 			RETURN NULL;
 		END $$;
 		CREATE TRIGGER note AFTER INSERT ON pgbroker.changes
@@ -146,7 +146,7 @@ func (s storm) runWith(t *testing.T, breakage string) []string {
 	rows, err := broker.Database.Pool.Query(ctx, `
 		SELECT version, type, id, deleted,
 		       coalesce(lead(version) OVER (PARTITION BY type, id ORDER BY version), 0)
-		FROM committed WHERE version <= $1 ORDER BY version`, int64(marker.Records[0].Version))
+		FROM public.committed WHERE version <= $1 ORDER BY version`, int64(marker.Records[0].Version))
 	if err != nil {
 		t.Fatal(err)
 	}

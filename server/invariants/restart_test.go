@@ -24,23 +24,7 @@ import (
 func TestRollingRestartLosesNoRequest(t *testing.T) {
 	t.Parallel()
 	b := servertest.New(t, servertest.Options{Replicas: 3})
-	addresses := manual.NewBuilderWithScheme("replicas")
-	state := resolver.State{}
-	for _, r := range b.Replicas {
-		state.Addresses = append(state.Addresses, resolver.Address{Addr: r.Address})
-	}
-	addresses.InitialState(state)
-	key, err := auth.ParseKey(servertest.Secret)
-	if err != nil {
-		t.Fatal(err)
-	}
-	conn, err := grpc.NewClient("replicas:///all", grpc.WithResolvers(addresses),
-		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithPerRPCCredentials(auth.NewCredentials(key)),
-		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig": [{"round_robin": {}}]}`))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = conn.Close() })
+	conn := dialAll(t, b.Replicas)
 	client := databroker.NewDataBrokerServiceClient(conn)
 
 	ctx, stop := context.WithCancel(t.Context())
@@ -81,6 +65,29 @@ func TestRollingRestartLosesNoRequest(t *testing.T) {
 		t.Errorf("after %d requests: %v", requests.Load(), err)
 	}
 	t.Logf("%d requests", requests.Load())
+}
+
+// dialAll connects to all of the replicas at once.
+func dialAll(t testing.TB, replicas []*servertest.Replica) *grpc.ClientConn {
+	t.Helper()
+	addresses := manual.NewBuilderWithScheme("replicas")
+	state := resolver.State{}
+	for _, r := range replicas {
+		state.Addresses = append(state.Addresses, resolver.Address{Addr: r.Address})
+	}
+	addresses.InitialState(state)
+	key, err := auth.ParseKey(servertest.Secret)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := grpc.NewClient("replicas:///all", grpc.WithResolvers(addresses),
+		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithPerRPCCredentials(auth.NewCredentials(key)),
+		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig": [{"round_robin": {}}]}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	return conn
 }
 
 // awaitMore waits until the load has done so much more, or has failed.

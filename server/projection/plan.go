@@ -73,7 +73,7 @@ func (p *Projector) plan(md protoreflect.MessageDescriptor) *plan {
 	if pl, ok := p.plans.Load(md); ok {
 		return pl.(*plan)
 	}
-	pl, _ := p.plans.LoadOrStore(md, newPlan(md))
+	pl, _ := p.plans.LoadOrStore(md, p.newPlan(md))
 	return pl.(*plan)
 }
 
@@ -89,12 +89,13 @@ func (p *Projector) subPlan(f *field) *plan {
 // maxDense is the highest field number that is looked up in a slice.
 const maxDense = 255
 
-func newPlan(md protoreflect.MessageDescriptor) *plan {
+func (p *Projector) newPlan(md protoreflect.MessageDescriptor) *plan {
 	pl := &plan{form: wellKnown[md.FullName()]}
 	fields := md.Fields()
 	for i := range fields.Len() {
 		fd := fields.Get(i)
 		f := newField(fd)
+		f.secret = f.secret || p.redacted[fd.FullName()]
 		if f.oneof > 0 {
 			pl.oneofs = max(pl.oneofs, f.oneof)
 		}

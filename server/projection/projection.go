@@ -36,16 +36,22 @@ type Resolver interface {
 // Projector reads payloads of the types that its resolver knows. It is safe for concurrent use. It remembers the
 // descriptors that it has seen: when types change, make a new one.
 type Projector struct {
-	types Resolver
-	plans sync.Map // protoreflect.MessageDescriptor -> *plan
+	types    Resolver
+	redacted map[protoreflect.FullName]bool
+	plans    sync.Map // protoreflect.MessageDescriptor -> *plan
 }
 
-// New returns a projector for the types of the resolver; nil stands for all types linked into the program.
-func New(types Resolver) *Projector {
+// New returns a projector for the types of the resolver; nil stands for all types linked into the program. It leaves
+// out the redacted fields, which are given by their full names, besides those that descriptors mark debug_redact.
+func New(types Resolver, redacted ...protoreflect.FullName) *Projector {
 	if types == nil {
 		types = protoregistry.GlobalTypes
 	}
-	return &Projector{types: types}
+	p := &Projector{types: types, redacted: make(map[protoreflect.FullName]bool, len(redacted))}
+	for _, field := range redacted {
+		p.redacted[field] = true
+	}
+	return p
 }
 
 // Projection is what can be read of a payload.
@@ -54,7 +60,7 @@ type Projection struct {
 	// payload. For most messages it is an object. A google.protobuf.Struct is the object that it stands for, and the
 	// other well-known types are whatever JSON they stand for.
 	//
-	// Fields marked debug_redact are left out at any depth. PostgreSQL takes every Data as jsonb: U+0000, which it can
+	// Redacted fields are left out at any depth. PostgreSQL takes every Data as jsonb: U+0000, which it can
 	// not store, is dropped from strings, numbers that JSON does not have become the strings "NaN", "Infinity" and
 	// "-Infinity", and timestamps and durations out of range become null.
 	//
@@ -64,9 +70,9 @@ type Projection struct {
 	Data []byte
 
 	// SearchText is the text that a text query searches: every string in the message in lower case, with U+001F
-	// between any two. The strings themselves are without it, so a query that contains none matches within one string,
+	// between any two; strings that occur in earlier ones may be left out. The strings themselves are without it, so a query that contains none matches within one string,
 	// and a query that contains one should match nothing. Map values are in SearchText and map keys are not; of a
-	// nested Any it has the type URL only. Like Data it is without debug_redact fields and U+0000, and empty if Data
+	// nested Any it has the type URL only. Like Data it is without redacted fields and U+0000, and empty if Data
 	// is nil.
 	SearchText string
 

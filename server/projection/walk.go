@@ -458,7 +458,7 @@ func (w *walker) string(s []byte) {
 
 var notSearched = strings.NewReplacer("\x00", "", string(Separator), "")
 
-// text adds a string to the search text.
+// text adds a string to the search text, unless it is there already: no query could tell.
 func (w *walker) text(s []byte) {
 	if w.quiet > 0 {
 		return
@@ -480,10 +480,14 @@ func (w *walker) text(s []byte) {
 			w.search = append(w.search, c)
 		}
 	}
-	if len(w.search) == start { // nothing to search
+	if found := w.search[start:]; len(found) == 0 || before <= maxDistinct && bytes.Contains(w.search[:before], found) {
 		w.search = w.search[:before]
 	}
 }
+
+// maxDistinct is how much search text is looked through for what a string would add to it: enough for a session, which says
+// most things twice, and little enough for messages of many strings.
+const maxDistinct = 4 << 10
 
 // float writes a number as encoding/json does.
 func (w *walker) float(f float64, bits int) {

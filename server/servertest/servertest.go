@@ -62,6 +62,7 @@ func New(t testing.TB, options Options) *Broker {
 // Replica is a running server and a client of it.
 type Replica struct {
 	Server  *server.Server
+	DB      *db.DB
 	Address string
 	Conn    *grpc.ClientConn // authenticated with Secret
 
@@ -100,7 +101,7 @@ func Start(t testing.TB, connString string, options Options) *Replica {
 		t.Fatalf("listen: %v", err)
 	}
 	ctx, stop := context.WithCancel(context.Background())
-	r := &Replica{Server: s, Address: listener.Addr().String(), stop: stop, stopped: make(chan struct{})}
+	r := &Replica{Server: s, DB: database, Address: listener.Addr().String(), stop: stop, stopped: make(chan struct{})}
 	go func() {
 		defer close(r.stopped)
 		r.err = s.Run(ctx, listener)

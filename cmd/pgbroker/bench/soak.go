@@ -97,6 +97,9 @@ func (r *runner) soak(ctx context.Context, o soakOptions) (*Result, error) {
 				break
 			}
 			s, err := takeSample(sampling, pool, o.schema)
+			if sampling.Err() != nil {
+				break // cut off by the end
+			}
 			if err != nil {
 				sampled <- err
 				return

@@ -1,0 +1,714 @@
+-- What people see: one view per known type with typed columns, joined views, and the lifetime of records.
+--
+-- A view names no payload and nothing secret. Its columns come from the projection, and what is malformed
+-- there is NULL in its row and breaks nothing else. All but sessions are security barriers: a function that
+-- a reader brings along gets to see no row of another type. The time is that of the statement: a function
+-- that may change its mind from row to row would keep PostgreSQL from leaving out columns that nobody asks for.
+
+-- ---------------------------------------------------------------------------------------------
+-- Time in payloads
+-- ---------------------------------------------------------------------------------------------
+
+CREATE FUNCTION pgbroker.parse_time(value text) RETURNS timestamptz
+  -- Catching the error is four times as fast as a pattern that lets only valid times through. It is also why
+  -- this cannot run in a parallel worker.
+  LANGUAGE plpgsql STABLE STRICT PARALLEL UNSAFE AS $$
+BEGIN
+  -- One cannot compute with infinity.
+  RETURN CASE WHEN isfinite(value::timestamptz) THEN value::timestamptz END;
+EXCEPTION WHEN data_exception THEN
+  RETURN NULL;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.parse_time(text) IS 'A time in a payload; NULL for what is none.';
+
+-- The same as before but for two things: a malformed expiry is none, and what gives versions is named in
+-- full, because no writer's search_path may choose it.
+CREATE OR REPLACE FUNCTION pgbroker.stamp_record() RETURNS trigger
+  LANGUAGE plpgsql AS $$
+DECLARE
+  fields text[];
+  expiry text;
+BEGIN
+  -- Nothing is logged here: this also fires for the insert half of an upsert that then updates, and a
+  -- skipped version is harmless where a phantom change is not.
+  NEW.version := pg_catalog.nextval('pgbroker.record_version');
+  NEW.modified_at := clock_timestamp();
+  SELECT t.projected_fields, t.expiry_field INTO fields, expiry
+    FROM pgbroker.record_types t WHERE t.type = NEW.type;
+  NEW.index_fields := CASE WHEN fields <> '{}' THEN pgbroker.index_terms(NEW.data, fields) END;
+  NEW.expires_at := CASE WHEN expiry IS NOT NULL THEN pgbroker.parse_time(NEW.data #>> string_to_array(expiry, '.')) END;
+  RETURN NEW;
+END
+$$;
+
+-- ---------------------------------------------------------------------------------------------
+-- How long records live
+-- ---------------------------------------------------------------------------------------------
+
+ALTER TABLE pgbroker.record_types
+  ADD COLUMN expiry_applied text,
+  ADD COLUMN idle_timeout   interval CHECK (idle_timeout > interval '0'),
+  ADD COLUMN user_limit     integer  CHECK (user_limit > 0);
+COMMENT ON COLUMN pgbroker.record_types.expiry_applied IS
+  'The expiry_field that expires_at of every record was computed from; where it differs, that is being done in the background.';
+COMMENT ON COLUMN pgbroker.record_types.idle_timeout IS
+  'Records whose accessed_at is longer ago are deleted; NULL never.';
+COMMENT ON COLUMN pgbroker.record_types.user_limit IS
+  'How many records one user may have, those issued last; NULL any number.';
+
+UPDATE pgbroker.record_types SET expiry_applied = expiry_field WHERE expiry_field IS NOT NULL;
+
+CREATE FUNCTION pgbroker.type_named(name text) RETURNS text
+  LANGUAGE sql STABLE
+  RETURN coalesce(
+    (SELECT t.type FROM pgbroker.record_types t WHERE t.type = name),
+    (SELECT t.type FROM pgbroker.record_types t WHERE t.type = 'type.googleapis.com/' || name),
+    name);
+COMMENT ON FUNCTION pgbroker.type_named(text) IS
+  'The record type that a person means: session.Session stands for type.googleapis.com/session.Session.';
+
+CREATE FUNCTION pgbroker.set_expiry(record_type text, field text) RETURNS void
+  LANGUAGE sql
+  BEGIN ATOMIC
+    INSERT INTO pgbroker.record_types AS t (type, expiry_field, expiry_applied)
+      VALUES (pgbroker.type_named(record_type), nullif(field, ''), nullif(field, ''))
+      ON CONFLICT (type) DO UPDATE
+        SET expiry_field = excluded.expiry_field,
+            expiry_applied = (CASE WHEN t.record_count = 0 THEN excluded.expiry_field ELSE t.expiry_applied END);
+  END;
+COMMENT ON FUNCTION pgbroker.set_expiry(text, text) IS
+  'Records of the type end at the time in this payload field (a path joined by dots); NULL takes that back. '
+  'It soon holds for the records that are there, too.';
+
+CREATE FUNCTION pgbroker.set_idle_timeout(record_type text, timeout interval) RETURNS void
+  LANGUAGE sql
+  BEGIN ATOMIC
+    -- In seconds: a month is 30 days here.
+    INSERT INTO pgbroker.record_types AS t (type, idle_timeout)
+      VALUES (pgbroker.type_named(record_type), make_interval(secs => extract(epoch FROM timeout)))
+      ON CONFLICT (type) DO UPDATE SET idle_timeout = excluded.idle_timeout;
+  END;
+COMMENT ON FUNCTION pgbroker.set_idle_timeout(text, interval) IS
+  'Records of the type end when their accessed_at is so long ago, give or take a twentieth; NULL takes that back.';
+
+CREATE FUNCTION pgbroker.set_user_limit(record_type text, records integer) RETURNS void
+  LANGUAGE sql
+  BEGIN ATOMIC
+    -- Looking for the records of a user needs the index.
+    INSERT INTO pgbroker.record_types AS t (type, user_limit, projected_fields, indexed_fields)
+      VALUES (pgbroker.type_named(record_type), records, '{user_id}', '{user_id}')
+      ON CONFLICT (type) DO UPDATE
+        SET user_limit = excluded.user_limit,
+            projected_fields = ARRAY(SELECT DISTINCT f FROM unnest(t.projected_fields || '{user_id}') AS f ORDER BY f),
+            indexed_fields = (CASE WHEN t.record_count = 0
+              THEN ARRAY(SELECT DISTINCT f FROM unnest(t.indexed_fields || '{user_id}') AS f ORDER BY f)
+              ELSE t.indexed_fields END);
+  END;
+COMMENT ON FUNCTION pgbroker.set_user_limit(text, integer) IS
+  'Each user keeps so many records of the type, those issued last, and older ones end; NULL takes that back.';
+
+-- The functions below delete for the periodic work. Their names tell the audit why a record went. As in
+-- write_records only look-ups by key stay right when tables grow.
+
+CREATE FUNCTION pgbroker.expire_records(max_rows bigint) RETURNS bigint
+  LANGUAGE plpgsql
+  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+  AS $$
+DECLARE
+  ended bigint;
+BEGIN
+  DELETE FROM pgbroker.records
+    WHERE (type, id) IN (
+      SELECT r.type, r.id FROM pgbroker.records r
+      WHERE r.expires_at <= clock_timestamp()
+      ORDER BY r.expires_at LIMIT max_rows);
+  GET DIAGNOSTICS ended = ROW_COUNT;
+  RETURN ended;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.expire_records(bigint) IS
+  'Deletes records whose own expiry time has passed, the longest expired first, and returns how many.';
+
+CREATE FUNCTION pgbroker.expire_by_ttl(record_type text, max_rows bigint) RETURNS bigint
+  LANGUAGE plpgsql
+  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+  AS $$
+DECLARE
+  ended bigint;
+BEGIN
+  -- Versions ascend with time, so only the least recently written records are looked at.
+  DELETE FROM pgbroker.records
+    WHERE (type, id) IN (
+      SELECT o.type, o.id
+      FROM (
+        SELECT c.type, c.id, c.changed_at FROM pgbroker.changes c
+        WHERE c.type = record_type AND NOT c.deleted
+        ORDER BY c.version LIMIT max_rows
+      ) o
+      WHERE o.changed_at < clock_timestamp() - (SELECT t.ttl FROM pgbroker.record_types t WHERE t.type = record_type));
+  GET DIAGNOSTICS ended = ROW_COUNT;
+  RETURN ended;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.expire_by_ttl(text, bigint) IS
+  'Deletes records of a type that have not been written for longer than its TTL, and returns how many.';
+
+CREATE FUNCTION pgbroker.end_idle_records(record_type text, ids text[], versions bigint[]) RETURNS bigint
+  LANGUAGE plpgsql
+  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+  AS $$
+DECLARE
+  ended bigint;
+BEGIN
+  DELETE FROM pgbroker.records r
+    USING unnest(ids, versions) AS i (id, version)
+    WHERE r.type = record_type AND r.id = i.id AND r.version = i.version;
+  GET DIAGNOSTICS ended = ROW_COUNT;
+  RETURN ended;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.end_idle_records(text, text[], bigint[]) IS
+  'Deletes records that were found idle, unless they were written since, and returns how many.';
+
+CREATE FUNCTION pgbroker.end_excess_records(record_type text, ids text[], versions bigint[]) RETURNS bigint
+  LANGUAGE plpgsql
+  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+  AS $$
+DECLARE
+  ended bigint;
+BEGIN
+  DELETE FROM pgbroker.records r
+    USING unnest(ids, versions) AS i (id, version)
+    WHERE r.type = record_type AND r.id = i.id AND r.version = i.version;
+  GET DIAGNOSTICS ended = ROW_COUNT;
+  RETURN ended;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.end_excess_records(text, text[], bigint[]) IS
+  'Deletes records above the limit of their user, unless they were written since, and returns how many.';
+
+-- ---------------------------------------------------------------------------------------------
+-- Sessions
+-- ---------------------------------------------------------------------------------------------
+
+-- On index_fields, which a write changes only if a field in it changes: updates stay HOT.
+CREATE INDEX records_session_user ON pgbroker.records ((left(index_fields ->> 'user_id', 600)))
+  WHERE type = 'type.googleapis.com/session.Session';
+COMMENT ON INDEX pgbroker.records_session_user IS 'The view sessions by user_id: who is logged in, and revoking by hand.';
+
+CREATE VIEW pgbroker.session_data AS
+  SELECT
+    r.id,
+    left(r.index_fields ->> 'user_id', 600) AS user_id,
+    r.expires_at,
+    -- Not a security barrier, which would keep look-ups by user from their index: so what a reader's own
+    -- function may be called with for a record of another type is nothing.
+    CASE WHEN r.type = 'type.googleapis.com/session.Session' THEN r.data END AS data,
+    r.version,
+    r.modified_at
+  FROM pgbroker.records r
+  WHERE r.type = 'type.googleapis.com/session.Session';
+COMMENT ON VIEW pgbroker.session_data IS 'Live sessions as JSON without secrets; what the view sessions is made of.';
+COMMENT ON COLUMN pgbroker.session_data.id IS 'Session id.';
+COMMENT ON COLUMN pgbroker.session_data.user_id IS 'Owner: users.id. At most 600 characters of it, for the index.';
+COMMENT ON COLUMN pgbroker.session_data.expires_at IS 'When it ends; it is then deleted, with a tombstone.';
+COMMENT ON COLUMN pgbroker.session_data.data IS 'Projection: the payload as JSON without secrets.';
+COMMENT ON COLUMN pgbroker.session_data.version IS 'Record version of the latest write.';
+COMMENT ON COLUMN pgbroker.session_data.modified_at IS 'Time of the latest write.';
+
+CREATE OR REPLACE VIEW pgbroker.sessions AS
+  SELECT
+    s.id,
+    s.user_id,
+    s.data ->> 'idp_id'                                 AS idp_id,
+    s.data -> 'claims' -> 'email' ->> 0                 AS email,
+    s.data -> 'claims' -> 'name' ->> 0                  AS name,
+    s.data -> 'claims' -> 'groups'                      AS groups,
+    pgbroker.parse_time(s.data ->> 'issued_at')         AS issued_at,
+    pgbroker.parse_time(s.data ->> 'accessed_at')       AS accessed_at,
+    s.expires_at,
+    coalesce(s.expires_at <= statement_timestamp(), false)  AS expired,
+    pgbroker.parse_time(s.data -> 'oauth_token' ->> 'expires_at') AS oauth_token_expires_at,
+    coalesce((s.data -> 'refresh_disabled') = 'true', false) AS refresh_disabled,
+    s.data ->> 'impersonate_session_id'                 AS impersonate_session_id,
+    s.data -> 'audience'                                AS audience,
+    s.data -> 'device_credentials'                      AS device_credentials,
+    s.data -> 'claims'                                  AS claims,
+    s.version,
+    s.modified_at,
+    -- Never used means idle since it was issued.
+    statement_timestamp() - coalesce(pgbroker.parse_time(s.data ->> 'accessed_at'),
+                                 pgbroker.parse_time(s.data ->> 'issued_at'), s.modified_at) AS idle_for
+  FROM pgbroker.session_data s;
+COMMENT ON COLUMN pgbroker.sessions.idle_for IS 'How long ago it was last used.';
+
+CREATE OR REPLACE VIEW pgbroker.service_accounts WITH (security_barrier) AS
+  SELECT
+    r.id,
+    r.data ->> 'user_id'                              AS user_id,
+    r.data ->> 'description'                          AS description,
+    r.data ->> 'namespace_id'                         AS namespace_id,
+    r.data ->> 'originator_id'                        AS originator_id,
+    pgbroker.parse_time(r.data ->> 'issued_at')       AS issued_at,
+    pgbroker.parse_time(r.data ->> 'accessed_at')     AS accessed_at,
+    pgbroker.parse_time(r.data ->> 'expires_at')      AS expires_at,
+    coalesce(pgbroker.parse_time(r.data ->> 'expires_at') <= statement_timestamp(), false) AS expired,
+    r.version,
+    r.modified_at
+  FROM pgbroker.records r
+  WHERE r.type = 'type.googleapis.com/user.ServiceAccount';
+
+ALTER VIEW pgbroker.users SET (security_barrier);
+ALTER VIEW pgbroker.directory_users SET (security_barrier);
+ALTER VIEW pgbroker.directory_groups SET (security_barrier);
+
+-- ---------------------------------------------------------------------------------------------
+-- The other known types
+-- ---------------------------------------------------------------------------------------------
+
+CREATE VIEW pgbroker.session_bindings WITH (security_barrier) AS
+  SELECT
+    r.id,
+    r.data ->> 'protocol'                                    AS protocol,
+    r.data ->> 'session_id'                                  AS session_id,
+    r.data ->> 'user_id'                                     AS user_id,
+    pgbroker.parse_time(r.data ->> 'issued_at')              AS issued_at,
+    pgbroker.parse_time(r.data ->> 'expires_at')             AS expires_at,
+    coalesce(pgbroker.parse_time(r.data ->> 'expires_at') <= statement_timestamp(), false) AS expired,
+    r.data -> 'details'                                      AS details,
+    r.version,
+    r.modified_at
+  FROM pgbroker.records r
+  WHERE r.type = 'type.googleapis.com/session.SessionBinding';
+COMMENT ON VIEW pgbroker.session_bindings IS 'Keys, such as those of SSH, that are tied to a session. A DELETE unties.';
+COMMENT ON COLUMN pgbroker.session_bindings.id IS 'Binding key, for SSH the fingerprint of the public key.';
+COMMENT ON COLUMN pgbroker.session_bindings.protocol IS 'Protocol of the connection, such as ssh.';
+COMMENT ON COLUMN pgbroker.session_bindings.session_id IS 'Bound session: sessions.id.';
+COMMENT ON COLUMN pgbroker.session_bindings.user_id IS 'Owner: users.id.';
+COMMENT ON COLUMN pgbroker.session_bindings.issued_at IS 'When the binding was made.';
+COMMENT ON COLUMN pgbroker.session_bindings.expires_at IS 'When proxies stop honouring it; NULL never.';
+COMMENT ON COLUMN pgbroker.session_bindings.expired IS 'Whether expires_at has passed.';
+COMMENT ON COLUMN pgbroker.session_bindings.details IS 'Facts for the user, a JSON object.';
+COMMENT ON COLUMN pgbroker.session_bindings.version IS 'Record version of the latest write.';
+COMMENT ON COLUMN pgbroker.session_bindings.modified_at IS 'Time of the latest write.';
+
+CREATE VIEW pgbroker.session_binding_requests WITH (security_barrier) AS
+  SELECT
+    r.id,
+    r.data ->> 'protocol'                                    AS protocol,
+    r.data ->> 'idp_id'                                      AS idp_id,
+    r.data ->> 'key'                                         AS key,
+    coalesce(r.data ->> 'state', 'InFlight')                 AS state,
+    pgbroker.parse_time(r.data ->> 'created_at')             AS created_at,
+    pgbroker.parse_time(r.data ->> 'expires_at')             AS expires_at,
+    coalesce(pgbroker.parse_time(r.data ->> 'expires_at') <= statement_timestamp(), false) AS expired,
+    r.data -> 'details'                                      AS details,
+    r.version,
+    r.modified_at
+  FROM pgbroker.records r
+  WHERE r.type = 'type.googleapis.com/session.SessionBindingRequest';
+COMMENT ON VIEW pgbroker.session_binding_requests IS 'Connections that ask for a session and wait for their user''s answer.';
+COMMENT ON COLUMN pgbroker.session_binding_requests.id IS 'Code that is shown to the user.';
+COMMENT ON COLUMN pgbroker.session_binding_requests.protocol IS 'Protocol of the connection, such as ssh.';
+COMMENT ON COLUMN pgbroker.session_binding_requests.idp_id IS 'Identity provider to sign in with.';
+COMMENT ON COLUMN pgbroker.session_binding_requests.key IS 'Binding key: session_bindings.id, once the user agrees.';
+COMMENT ON COLUMN pgbroker.session_binding_requests.state IS 'InFlight, Accepted or Revoked.';
+COMMENT ON COLUMN pgbroker.session_binding_requests.created_at IS 'When it was made.';
+COMMENT ON COLUMN pgbroker.session_binding_requests.expires_at IS 'When it lapses.';
+COMMENT ON COLUMN pgbroker.session_binding_requests.expired IS 'Whether expires_at has passed.';
+COMMENT ON COLUMN pgbroker.session_binding_requests.details IS 'Facts for the user, a JSON object.';
+COMMENT ON COLUMN pgbroker.session_binding_requests.version IS 'Record version of the latest write.';
+COMMENT ON COLUMN pgbroker.session_binding_requests.modified_at IS 'Time of the latest write.';
+
+CREATE VIEW pgbroker.identity_bindings WITH (security_barrier) AS
+  SELECT
+    r.id,
+    r.data ->> 'protocol' AS protocol,
+    r.data ->> 'user_id'  AS user_id,
+    r.data ->> 'idp_id'   AS idp_id,
+    r.data -> 'details'   AS details,
+    r.version,
+    r.modified_at
+  FROM pgbroker.records r
+  WHERE r.type = 'type.googleapis.com/session.IdentityBinding';
+COMMENT ON VIEW pgbroker.identity_bindings IS 'Keys that belong to a user, so that a session can be bound without asking. A DELETE makes the user answer again.';
+COMMENT ON COLUMN pgbroker.identity_bindings.id IS 'Binding key, for SSH the fingerprint of the public key.';
+COMMENT ON COLUMN pgbroker.identity_bindings.protocol IS 'Protocol of the connection, such as ssh.';
+COMMENT ON COLUMN pgbroker.identity_bindings.user_id IS 'Owner: users.id.';
+COMMENT ON COLUMN pgbroker.identity_bindings.idp_id IS 'Identity provider to sign in with.';
+COMMENT ON COLUMN pgbroker.identity_bindings.details IS 'Facts for the user, a JSON object.';
+COMMENT ON COLUMN pgbroker.identity_bindings.version IS 'Record version of the latest write.';
+COMMENT ON COLUMN pgbroker.identity_bindings.modified_at IS 'Time of the latest write.';
+
+CREATE VIEW pgbroker.device_types WITH (security_barrier) AS
+  SELECT
+    r.id,
+    r.data ->> 'name'    AS name,
+    r.data -> 'webauthn' AS webauthn,
+    r.version,
+    r.modified_at
+  FROM pgbroker.records r
+  WHERE r.type = 'type.googleapis.com/pomerium.device.Type';
+COMMENT ON VIEW pgbroker.device_types IS 'Kinds of device that a policy may ask for.';
+COMMENT ON COLUMN pgbroker.device_types.id IS 'Device type id.';
+COMMENT ON COLUMN pgbroker.device_types.name IS 'Display name.';
+COMMENT ON COLUMN pgbroker.device_types.webauthn IS 'What is asked of the device at registration, a JSON object.';
+COMMENT ON COLUMN pgbroker.device_types.version IS 'Record version of the latest write.';
+COMMENT ON COLUMN pgbroker.device_types.modified_at IS 'Time of the latest write.';
+
+CREATE VIEW pgbroker.device_enrollments WITH (security_barrier) AS
+  SELECT
+    r.id,
+    r.data ->> 'user_id'                          AS user_id,
+    r.data ->> 'type_id'                          AS type_id,
+    r.data ->> 'credential_id'                    AS credential_id,
+    r.data ->> 'approved_by'                      AS approved_by,
+    pgbroker.parse_time(r.data ->> 'enrolled_at') AS enrolled_at,
+    r.data ->> 'user_agent'                       AS user_agent,
+    r.data ->> 'ip_address'                       AS ip_address,
+    r.version,
+    r.modified_at
+  FROM pgbroker.records r
+  WHERE r.type = 'type.googleapis.com/pomerium.device.Enrollment';
+COMMENT ON VIEW pgbroker.device_enrollments IS 'Devices that users have registered. A DELETE revokes the device.';
+COMMENT ON COLUMN pgbroker.device_enrollments.id IS 'Enrollment id.';
+COMMENT ON COLUMN pgbroker.device_enrollments.user_id IS 'Owner: users.id.';
+COMMENT ON COLUMN pgbroker.device_enrollments.type_id IS 'Device type: device_types.id.';
+COMMENT ON COLUMN pgbroker.device_enrollments.credential_id IS 'Credential: device_credentials.id.';
+COMMENT ON COLUMN pgbroker.device_enrollments.approved_by IS 'Who approved the device; NULL while nobody has.';
+COMMENT ON COLUMN pgbroker.device_enrollments.enrolled_at IS 'When it was registered.';
+COMMENT ON COLUMN pgbroker.device_enrollments.user_agent IS 'Browser that registered it, as it named itself.';
+COMMENT ON COLUMN pgbroker.device_enrollments.ip_address IS 'Address from which it was registered.';
+COMMENT ON COLUMN pgbroker.device_enrollments.version IS 'Record version of the latest write.';
+COMMENT ON COLUMN pgbroker.device_enrollments.modified_at IS 'Time of the latest write.';
+
+CREATE VIEW pgbroker.device_credentials WITH (security_barrier) AS
+  SELECT
+    r.id,
+    r.data ->> 'user_id'       AS user_id,
+    r.data ->> 'type_id'       AS type_id,
+    r.data ->> 'enrollment_id' AS enrollment_id,
+    r.version,
+    r.modified_at
+  FROM pgbroker.records r
+  WHERE r.type = 'type.googleapis.com/pomerium.device.Credential';
+COMMENT ON VIEW pgbroker.device_credentials IS 'What devices prove themselves with. A DELETE revokes.';
+COMMENT ON COLUMN pgbroker.device_credentials.id IS 'Credential id.';
+COMMENT ON COLUMN pgbroker.device_credentials.user_id IS 'Owner: users.id.';
+COMMENT ON COLUMN pgbroker.device_credentials.type_id IS 'Device type: device_types.id.';
+COMMENT ON COLUMN pgbroker.device_credentials.enrollment_id IS 'Registration: device_enrollments.id.';
+COMMENT ON COLUMN pgbroker.device_credentials.version IS 'Record version of the latest write.';
+COMMENT ON COLUMN pgbroker.device_credentials.modified_at IS 'Time of the latest write.';
+
+CREATE VIEW pgbroker.device_owner_credentials WITH (security_barrier) AS
+  SELECT
+    r.id,
+    r.data ->> 'owner_id' AS owner_id,
+    r.version,
+    r.modified_at
+  FROM pgbroker.records r
+  WHERE r.type = 'type.googleapis.com/pomerium.device.OwnerCredentialRecord';
+COMMENT ON VIEW pgbroker.device_owner_credentials IS 'Credentials that are reserved for their owner.';
+COMMENT ON COLUMN pgbroker.device_owner_credentials.id IS 'Credential id.';
+COMMENT ON COLUMN pgbroker.device_owner_credentials.owner_id IS 'Handle of the owner, in base64.';
+COMMENT ON COLUMN pgbroker.device_owner_credentials.version IS 'Record version of the latest write.';
+COMMENT ON COLUMN pgbroker.device_owner_credentials.modified_at IS 'Time of the latest write.';
+
+CREATE VIEW pgbroker.oauth_authorization_requests WITH (security_barrier) AS
+  SELECT
+    r.id,
+    r.data ->> 'client_id'     AS client_id,
+    r.data ->> 'user_id'       AS user_id,
+    r.data ->> 'session_id'    AS session_id,
+    r.data ->> 'redirect_uri'  AS redirect_uri,
+    r.data ->> 'response_type' AS response_type,
+    r.data -> 'scopes'         AS scopes,
+    r.version,
+    r.modified_at
+  FROM pgbroker.records r
+  WHERE r.type = 'type.googleapis.com/oauth21.AuthorizationRequest';
+COMMENT ON VIEW pgbroker.oauth_authorization_requests IS 'OAuth requests of clients that are not answered yet.';
+COMMENT ON COLUMN pgbroker.oauth_authorization_requests.id IS 'Request id.';
+COMMENT ON COLUMN pgbroker.oauth_authorization_requests.client_id IS 'Client: oauth_clients.id.';
+COMMENT ON COLUMN pgbroker.oauth_authorization_requests.user_id IS 'User who is asked: users.id.';
+COMMENT ON COLUMN pgbroker.oauth_authorization_requests.session_id IS 'The user''s session: sessions.id.';
+COMMENT ON COLUMN pgbroker.oauth_authorization_requests.redirect_uri IS 'Where the user is sent afterwards.';
+COMMENT ON COLUMN pgbroker.oauth_authorization_requests.response_type IS 'What the client wants in return.';
+COMMENT ON COLUMN pgbroker.oauth_authorization_requests.scopes IS 'Scopes asked for, a JSON list.';
+COMMENT ON COLUMN pgbroker.oauth_authorization_requests.version IS 'Record version of the latest write.';
+COMMENT ON COLUMN pgbroker.oauth_authorization_requests.modified_at IS 'Time of the latest write.';
+
+CREATE VIEW pgbroker.oauth_clients WITH (security_barrier) AS
+  SELECT
+    r.id,
+    pgbroker.parse_time(r.data -> 'client_secret' ->> 'created_at') AS secret_created_at,
+    pgbroker.parse_time(r.data -> 'client_secret' ->> 'expires_at') AS secret_expires_at,
+    r.version,
+    r.modified_at
+  FROM pgbroker.records r
+  WHERE r.type = 'type.googleapis.com/ietf.rfc7591.v1.ClientRegistration';
+COMMENT ON VIEW pgbroker.oauth_clients IS 'Clients registered by OAuth dynamic client registration.';
+COMMENT ON COLUMN pgbroker.oauth_clients.id IS 'Client id.';
+COMMENT ON COLUMN pgbroker.oauth_clients.secret_created_at IS 'When the client''s secret was made; NULL if it has none.';
+COMMENT ON COLUMN pgbroker.oauth_clients.secret_expires_at IS 'When the client''s secret expires; NULL never.';
+COMMENT ON COLUMN pgbroker.oauth_clients.version IS 'Record version of the latest write.';
+COMMENT ON COLUMN pgbroker.oauth_clients.modified_at IS 'Time of the latest write.';
+
+CREATE VIEW pgbroker.mcp_refresh_tokens WITH (security_barrier) AS
+  SELECT
+    r.id,
+    r.data ->> 'user_id'                                     AS user_id,
+    r.data ->> 'client_id'                                   AS client_id,
+    r.data ->> 'idp_id'                                      AS idp_id,
+    pgbroker.parse_time(r.data ->> 'issued_at')              AS issued_at,
+    pgbroker.parse_time(r.data ->> 'expires_at')             AS expires_at,
+    coalesce(pgbroker.parse_time(r.data ->> 'expires_at') <= statement_timestamp(), false) AS expired,
+    coalesce((r.data -> 'revoked') = 'true', false)          AS revoked,
+    r.data -> 'scopes'                                       AS scopes,
+    r.version,
+    r.modified_at
+  FROM pgbroker.records r
+  WHERE r.type = 'type.googleapis.com/oauth21.MCPRefreshToken';
+COMMENT ON VIEW pgbroker.mcp_refresh_tokens IS 'Refresh tokens given to MCP clients, without the tokens. A DELETE revokes.';
+COMMENT ON COLUMN pgbroker.mcp_refresh_tokens.id IS 'Token id.';
+COMMENT ON COLUMN pgbroker.mcp_refresh_tokens.user_id IS 'Owner: users.id.';
+COMMENT ON COLUMN pgbroker.mcp_refresh_tokens.client_id IS 'Client: oauth_clients.id.';
+COMMENT ON COLUMN pgbroker.mcp_refresh_tokens.idp_id IS 'Identity provider that vouches for the user.';
+COMMENT ON COLUMN pgbroker.mcp_refresh_tokens.issued_at IS 'When it was issued.';
+COMMENT ON COLUMN pgbroker.mcp_refresh_tokens.expires_at IS 'When it expires.';
+COMMENT ON COLUMN pgbroker.mcp_refresh_tokens.expired IS 'Whether expires_at has passed.';
+COMMENT ON COLUMN pgbroker.mcp_refresh_tokens.revoked IS 'Whether it was revoked.';
+COMMENT ON COLUMN pgbroker.mcp_refresh_tokens.scopes IS 'Scopes granted, a JSON list.';
+COMMENT ON COLUMN pgbroker.mcp_refresh_tokens.version IS 'Record version of the latest write.';
+COMMENT ON COLUMN pgbroker.mcp_refresh_tokens.modified_at IS 'Time of the latest write.';
+
+CREATE VIEW pgbroker.upstream_mcp_tokens WITH (security_barrier) AS
+  SELECT
+    r.id,
+    r.data ->> 'user_id'                                     AS user_id,
+    r.data ->> 'route_id'                                    AS route_id,
+    r.data ->> 'upstream_server'                             AS upstream_server,
+    pgbroker.parse_time(r.data ->> 'issued_at')              AS issued_at,
+    pgbroker.parse_time(r.data ->> 'expires_at')             AS expires_at,
+    coalesce(pgbroker.parse_time(r.data ->> 'expires_at') <= statement_timestamp(), false) AS expired,
+    pgbroker.parse_time(r.data ->> 'refresh_expires_at')     AS refresh_expires_at,
+    r.data ->> 'client_id'                                   AS client_id,
+    r.data ->> 'authorization_server_issuer'                 AS authorization_server_issuer,
+    r.data -> 'scopes'                                       AS scopes,
+    r.version,
+    r.modified_at
+  FROM pgbroker.records r
+  WHERE r.type = 'type.googleapis.com/oauth21.UpstreamMCPToken';
+COMMENT ON VIEW pgbroker.upstream_mcp_tokens IS 'Users'' tokens for upstream MCP servers, without the tokens. A DELETE makes the user sign in there again.';
+COMMENT ON COLUMN pgbroker.upstream_mcp_tokens.id IS 'Route, server and user.';
+COMMENT ON COLUMN pgbroker.upstream_mcp_tokens.user_id IS 'Owner: users.id.';
+COMMENT ON COLUMN pgbroker.upstream_mcp_tokens.route_id IS 'Route that it is for.';
+COMMENT ON COLUMN pgbroker.upstream_mcp_tokens.upstream_server IS 'URL of the upstream server.';
+COMMENT ON COLUMN pgbroker.upstream_mcp_tokens.issued_at IS 'When it was issued.';
+COMMENT ON COLUMN pgbroker.upstream_mcp_tokens.expires_at IS 'When the access token expires.';
+COMMENT ON COLUMN pgbroker.upstream_mcp_tokens.expired IS 'Whether expires_at has passed.';
+COMMENT ON COLUMN pgbroker.upstream_mcp_tokens.refresh_expires_at IS 'When the refresh token expires.';
+COMMENT ON COLUMN pgbroker.upstream_mcp_tokens.client_id IS 'Client id at the authorization server.';
+COMMENT ON COLUMN pgbroker.upstream_mcp_tokens.authorization_server_issuer IS 'Issuer name of the authorization server.';
+COMMENT ON COLUMN pgbroker.upstream_mcp_tokens.scopes IS 'Scopes granted, a JSON list.';
+COMMENT ON COLUMN pgbroker.upstream_mcp_tokens.version IS 'Record version of the latest write.';
+COMMENT ON COLUMN pgbroker.upstream_mcp_tokens.modified_at IS 'Time of the latest write.';
+
+CREATE VIEW pgbroker.pending_upstream_auths WITH (security_barrier) AS
+  SELECT
+    r.id,
+    r.data ->> 'user_id'                                     AS user_id,
+    r.data ->> 'route_id'                                    AS route_id,
+    r.data ->> 'upstream_server'                             AS upstream_server,
+    r.data ->> 'downstream_host'                             AS downstream_host,
+    pgbroker.parse_time(r.data ->> 'created_at')             AS created_at,
+    pgbroker.parse_time(r.data ->> 'expires_at')             AS expires_at,
+    coalesce(pgbroker.parse_time(r.data ->> 'expires_at') <= statement_timestamp(), false) AS expired,
+    r.version,
+    r.modified_at
+  FROM pgbroker.records r
+  WHERE r.type = 'type.googleapis.com/oauth21.PendingUpstreamAuth';
+COMMENT ON VIEW pgbroker.pending_upstream_auths IS 'Sign-ins at upstream MCP servers that users have not finished.';
+COMMENT ON COLUMN pgbroker.pending_upstream_auths.id IS 'Downstream host and user.';
+COMMENT ON COLUMN pgbroker.pending_upstream_auths.user_id IS 'Who signs in: users.id.';
+COMMENT ON COLUMN pgbroker.pending_upstream_auths.route_id IS 'Route that it is for.';
+COMMENT ON COLUMN pgbroker.pending_upstream_auths.upstream_server IS 'URL of the upstream server.';
+COMMENT ON COLUMN pgbroker.pending_upstream_auths.downstream_host IS 'Host that the user visited here.';
+COMMENT ON COLUMN pgbroker.pending_upstream_auths.created_at IS 'When the sign-in began.';
+COMMENT ON COLUMN pgbroker.pending_upstream_auths.expires_at IS 'When it lapses.';
+COMMENT ON COLUMN pgbroker.pending_upstream_auths.expired IS 'Whether expires_at has passed.';
+COMMENT ON COLUMN pgbroker.pending_upstream_auths.version IS 'Record version of the latest write.';
+COMMENT ON COLUMN pgbroker.pending_upstream_auths.modified_at IS 'Time of the latest write.';
+
+CREATE VIEW pgbroker.upstream_oauth_clients WITH (security_barrier) AS
+  SELECT
+    r.id,
+    r.data ->> 'issuer'                          AS issuer,
+    r.data ->> 'downstream_host'                 AS downstream_host,
+    r.data ->> 'client_id'                       AS client_id,
+    r.data ->> 'registration_endpoint'           AS registration_endpoint,
+    pgbroker.parse_time(r.data ->> 'created_at') AS created_at,
+    r.version,
+    r.modified_at
+  FROM pgbroker.records r
+  WHERE r.type = 'type.googleapis.com/oauth21.UpstreamOAuthClient';
+COMMENT ON VIEW pgbroker.upstream_oauth_clients IS 'Clients registered at upstream authorization servers, without their secrets.';
+COMMENT ON COLUMN pgbroker.upstream_oauth_clients.id IS 'Downstream host and issuer.';
+COMMENT ON COLUMN pgbroker.upstream_oauth_clients.issuer IS 'Issuer name of the authorization server.';
+COMMENT ON COLUMN pgbroker.upstream_oauth_clients.downstream_host IS 'Host for which it was registered.';
+COMMENT ON COLUMN pgbroker.upstream_oauth_clients.client_id IS 'Client id there.';
+COMMENT ON COLUMN pgbroker.upstream_oauth_clients.registration_endpoint IS 'Where it was registered.';
+COMMENT ON COLUMN pgbroker.upstream_oauth_clients.created_at IS 'When it was registered.';
+COMMENT ON COLUMN pgbroker.upstream_oauth_clients.version IS 'Record version of the latest write.';
+COMMENT ON COLUMN pgbroker.upstream_oauth_clients.modified_at IS 'Time of the latest write.';
+
+CREATE VIEW pgbroker.last_errors WITH (security_barrier) AS
+  SELECT
+    r.id,
+    pgbroker.parse_time(r.data ->> 'time') AS time,
+    r.data ->> 'message'                   AS message,
+    r.version,
+    r.modified_at
+  FROM pgbroker.records r
+  WHERE r.type = 'type.googleapis.com/pomerium.events.LastError';
+COMMENT ON VIEW pgbroker.last_errors IS 'The latest error of each kind that proxies have reported.';
+COMMENT ON COLUMN pgbroker.last_errors.id IS 'Kind of error: the metric that counts it.';
+COMMENT ON COLUMN pgbroker.last_errors.time IS 'When it happened.';
+COMMENT ON COLUMN pgbroker.last_errors.message IS 'What happened.';
+COMMENT ON COLUMN pgbroker.last_errors.version IS 'Record version of the latest write.';
+COMMENT ON COLUMN pgbroker.last_errors.modified_at IS 'Time of the latest write.';
+
+-- ---------------------------------------------------------------------------------------------
+-- Joined
+-- ---------------------------------------------------------------------------------------------
+
+CREATE VIEW pgbroker.directory_members WITH (security_barrier) AS
+  SELECT
+    m.group_id,
+    g.data ->> 'name'         AS group_name,
+    u.id                      AS user_id,
+    u.data ->> 'display_name' AS display_name,
+    u.data ->> 'email'        AS email
+  FROM pgbroker.records u
+  CROSS JOIN LATERAL jsonb_array_elements_text(
+    CASE jsonb_typeof(u.data -> 'group_ids') WHEN 'array' THEN u.data -> 'group_ids' ELSE '[]' END) AS m (group_id)
+  LEFT JOIN pgbroker.records g ON g.type = 'pomerium.io/DirectoryGroup' AND g.id = m.group_id
+  WHERE u.type = 'pomerium.io/DirectoryUser';
+COMMENT ON VIEW pgbroker.directory_members IS 'Who is in which group of the company directory: a row for each membership.';
+COMMENT ON COLUMN pgbroker.directory_members.group_id IS 'Group: directory_groups.id.';
+COMMENT ON COLUMN pgbroker.directory_members.group_name IS 'Display name of the group; NULL if the directory does not have it.';
+COMMENT ON COLUMN pgbroker.directory_members.user_id IS 'User: directory_users.id.';
+COMMENT ON COLUMN pgbroker.directory_members.display_name IS 'Display name of the user.';
+COMMENT ON COLUMN pgbroker.directory_members.email IS 'E-mail address of the user.';
+
+CREATE VIEW pgbroker.session_details AS
+  SELECT
+    s.id,
+    s.user_id,
+    coalesce(u.name, d.display_name, s.name)  AS name,
+    coalesce(u.email, d.email, s.email)       AS email,
+    s.idp_id,
+    (SELECT array_agg(m.group_id ORDER BY m.group_id)
+     FROM pgbroker.directory_members m WHERE m.user_id = s.user_id) AS group_ids,
+    (SELECT array_agg(coalesce(m.group_name, m.group_id) ORDER BY coalesce(m.group_name, m.group_id))
+     FROM pgbroker.directory_members m WHERE m.user_id = s.user_id) AS groups,
+    s.issued_at,
+    s.accessed_at,
+    s.idle_for,
+    s.expires_at,
+    s.expired,
+    s.device_credentials,
+    s.version,
+    s.modified_at
+  FROM pgbroker.sessions s
+  LEFT JOIN pgbroker.users u ON u.id = s.user_id
+  LEFT JOIN pgbroker.directory_users d ON d.id = s.user_id;
+COMMENT ON VIEW pgbroker.session_details IS 'Live sessions with what is known of their user. To revoke, DELETE from sessions.';
+COMMENT ON COLUMN pgbroker.session_details.id IS 'Session id.';
+COMMENT ON COLUMN pgbroker.session_details.user_id IS 'Owner: users.id.';
+COMMENT ON COLUMN pgbroker.session_details.name IS 'Name of the user: as signed in, else of the directory, else of the session''s claims.';
+COMMENT ON COLUMN pgbroker.session_details.email IS 'E-mail address of the user, found like the name.';
+COMMENT ON COLUMN pgbroker.session_details.idp_id IS 'Identity provider that authenticated the session.';
+COMMENT ON COLUMN pgbroker.session_details.group_ids IS 'Groups that the directory has the user in.';
+COMMENT ON COLUMN pgbroker.session_details.groups IS 'Display names of these groups.';
+COMMENT ON COLUMN pgbroker.session_details.issued_at IS 'When the session was created.';
+COMMENT ON COLUMN pgbroker.session_details.accessed_at IS 'When it was last used, to within seconds.';
+COMMENT ON COLUMN pgbroker.session_details.idle_for IS 'How long ago it was last used.';
+COMMENT ON COLUMN pgbroker.session_details.expires_at IS 'When it ends.';
+COMMENT ON COLUMN pgbroker.session_details.expired IS 'Whether expires_at has passed.';
+COMMENT ON COLUMN pgbroker.session_details.device_credentials IS 'Device credentials known to the session, a JSON list.';
+COMMENT ON COLUMN pgbroker.session_details.version IS 'Record version of the latest write.';
+COMMENT ON COLUMN pgbroker.session_details.modified_at IS 'Time of the latest write.';
+
+-- ---------------------------------------------------------------------------------------------
+-- The broker itself
+-- ---------------------------------------------------------------------------------------------
+
+CREATE VIEW pgbroker.live_leases WITH (security_barrier) AS
+  -- Without the id: whoever knows that may release the lease.
+  SELECT l.name, l.acquired_at, l.expires_at,
+         CASE WHEN isfinite(l.expires_at) THEN l.expires_at - statement_timestamp() END AS remaining
+  FROM pgbroker.leases l
+  WHERE l.expires_at > statement_timestamp();
+COMMENT ON VIEW pgbroker.live_leases IS 'Jobs that somebody does at the moment.';
+COMMENT ON COLUMN pgbroker.live_leases.name IS 'The job.';
+COMMENT ON COLUMN pgbroker.live_leases.acquired_at IS 'When the present holder took it.';
+COMMENT ON COLUMN pgbroker.live_leases.expires_at IS 'When it ends unless renewed.';
+COMMENT ON COLUMN pgbroker.live_leases.remaining IS 'How long that is from now; NULL for ever.';
+
+CREATE VIEW pgbroker.live_services AS
+  SELECT
+    coalesce((ARRAY['databroker', 'authorize', 'authenticate', 'proxy', 'registry', 'console', 'metrics'])[s.kind],
+             s.kind::text) AS kind,
+    s.endpoint,
+    s.reported_at,
+    s.expires_at,
+    CASE WHEN isfinite(s.expires_at) THEN s.expires_at - statement_timestamp() END AS remaining
+  FROM pgbroker.services s
+  WHERE s.expires_at > statement_timestamp();
+COMMENT ON VIEW pgbroker.live_services IS 'Services that have reported themselves and not gone silent.';
+COMMENT ON COLUMN pgbroker.live_services.kind IS 'What it does.';
+COMMENT ON COLUMN pgbroker.live_services.endpoint IS 'URL of the service.';
+COMMENT ON COLUMN pgbroker.live_services.reported_at IS 'When it was last reported.';
+COMMENT ON COLUMN pgbroker.live_services.expires_at IS 'When it leaves the list unless reported again.';
+COMMENT ON COLUMN pgbroker.live_services.remaining IS 'How long that is from now; NULL for ever.';
+
+CREATE VIEW pgbroker.change_log AS
+  SELECT
+    c.version,
+    c.changed_at,
+    CASE WHEN c.deleted THEN 'delete' ELSE 'put' END         AS change,
+    CASE WHEN starts_with(c.type, 'type.googleapis.com/') THEN substr(c.type, 21) ELSE c.type END AS what,
+    c.id,
+    c.deleted,
+    c.type
+  FROM pgbroker.changes c;
+COMMENT ON VIEW pgbroker.change_log IS
+  'The latest change of each live record, and the deletions of the last days, in the order in which they became visible.';
+COMMENT ON COLUMN pgbroker.change_log.version IS 'Position in the one global order of changes.';
+COMMENT ON COLUMN pgbroker.change_log.changed_at IS 'When, by the database''s clock.';
+COMMENT ON COLUMN pgbroker.change_log.change IS 'put or delete.';
+COMMENT ON COLUMN pgbroker.change_log.what IS 'Type of the changed record, short.';
+COMMENT ON COLUMN pgbroker.change_log.id IS 'Id of the changed record.';
+COMMENT ON COLUMN pgbroker.change_log.deleted IS 'Whether this is a tombstone.';
+COMMENT ON COLUMN pgbroker.change_log.type IS 'Type of the changed record in full.';
+
+-- ---------------------------------------------------------------------------------------------
+-- Revoking
+-- ---------------------------------------------------------------------------------------------
+
+CREATE FUNCTION pgbroker.revoke_idp_sessions(idp_id text) RETURNS bigint
+  LANGUAGE plpgsql AS $$
+DECLARE
+  revoked bigint;
+BEGIN
+  DELETE FROM pgbroker.records r
+    WHERE r.type = 'type.googleapis.com/session.Session'
+      AND r.index_fields @> jsonb_build_object('idp_id', revoke_idp_sessions.idp_id);
+  GET DIAGNOSTICS revoked = ROW_COUNT;
+  RETURN revoked;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.revoke_idp_sessions(text) IS
+  'Revokes every session that an identity provider has authenticated and returns how many.';

@@ -1,0 +1,1335 @@
+-- Writing `data` in SQL: it becomes a payload. Replicas are not in that path, so messages are encoded here, guided by
+-- pgbroker.message_fields. And bulk: making all records of a type equal to a given set.
+--
+-- An edit of existing data keeps what data does not show (secrets, unknown fields) and everything that it does not
+-- change, byte for byte: the encoder compares data before and after, and touches those fields of the payload only
+-- that differ.
+
+-- ---------------------------------------------------------------------------------------------
+-- The wire format
+-- ---------------------------------------------------------------------------------------------
+
+CREATE FUNCTION pgbroker.refuse_value(path text, reason text) RETURNS void
+  LANGUAGE plpgsql AS $$
+BEGIN
+  -- Never the value: it may be a secret.
+  RAISE EXCEPTION '%: %', path, reason
+    USING ERRCODE = 'invalid_parameter_value', SCHEMA = 'pgbroker', TABLE = 'records', COLUMN = 'data';
+END
+$$;
+COMMENT ON FUNCTION pgbroker.refuse_value(text, text) IS 'Fails, naming the field that cannot be what it is given as.';
+
+CREATE FUNCTION pgbroker.wire_varint(n bigint) RETURNS bytea
+  LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE AS $$
+DECLARE
+  digits bytea := '';
+BEGIN
+  -- Seven bits a byte, the lowest first; a negative number is the unsigned one of the same bits.
+  WHILE n NOT BETWEEN 0 AND 127 LOOP
+    digits := digits || set_byte('\x00', 0, (n & 127)::integer | 128);
+    n := (n >> 7) & 144115188075855871;
+  END LOOP;
+  RETURN digits || set_byte('\x00', 0, n::integer);
+END
+$$;
+COMMENT ON FUNCTION pgbroker.wire_varint(bigint) IS 'A number as protobuf writes it.';
+
+CREATE FUNCTION pgbroker.wire_reverse(bytes bytea) RETURNS bytea
+  LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE AS $$
+DECLARE
+  reversed bytea := bytes;
+  last     integer := octet_length(bytes) - 1;
+BEGIN
+  FOR i IN 0..last LOOP
+    reversed := set_byte(reversed, i, get_byte(bytes, last - i));
+  END LOOP;
+  RETURN reversed;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.wire_reverse(bytea) IS 'Numbers of fixed size have their lowest byte first.';
+
+CREATE FUNCTION pgbroker.wire_bytes(number integer, content bytea) RETURNS bytea
+  LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+  RETURN pgbroker.wire_varint(number::bigint << 3 | 2) || pgbroker.wire_varint(octet_length(content)) || content;
+COMMENT ON FUNCTION pgbroker.wire_bytes(integer, bytea) IS 'A field whose value is text, bytes or a message.';
+
+CREATE FUNCTION pgbroker.wire_fields(message bytea, path text)
+  RETURNS TABLE (number integer, wire integer, raw bytea, content bytea)
+  LANGUAGE plpgsql IMMUTABLE STRICT AS $$
+DECLARE
+  size   integer := octet_length(message);
+  start  integer;
+  place  integer := 0;
+  digit  integer;
+  shift  integer;
+  value  bigint;
+  tag    bigint;
+  groups bigint[];
+  begins integer;
+  ends   integer;
+BEGIN
+  WHILE place < size LOOP
+    start := place;
+    groups := '{}';
+    begins := 0;
+    LOOP
+      tag := NULL;
+      FOR part IN 1..2 LOOP -- the tag, and then a number: the value itself or a length
+        value := 0;
+        shift := 0;
+        LOOP
+          IF place >= size OR shift > 63 THEN
+            PERFORM pgbroker.refuse_value(path, 'the stored payload is malformed');
+          END IF;
+          digit := get_byte(message, place);
+          place := place + 1;
+          value := value | ((digit & 127)::bigint << shift);
+          shift := shift + 7;
+          EXIT WHEN digit < 128;
+        END LOOP;
+        EXIT WHEN part = 2;
+        tag := value;
+        EXIT WHEN tag & 7 NOT IN (0, 2);
+      END LOOP;
+      IF groups = '{}' THEN
+        number := (tag >> 3)::integer;
+        wire := (tag & 7)::integer;
+        begins := place;
+      END IF;
+      CASE tag & 7
+        WHEN 0 THEN NULL;
+        WHEN 1 THEN place := place + 8;
+        WHEN 2 THEN
+          IF value < 0 OR value > size - place THEN
+            PERFORM pgbroker.refuse_value(path, 'the stored payload is malformed');
+          END IF;
+          place := place + value::integer;
+        WHEN 3 THEN groups := groups || (tag >> 3);
+        WHEN 4 THEN
+          IF groups = '{}' OR groups[cardinality(groups)] <> tag >> 3 THEN
+            PERFORM pgbroker.refuse_value(path, 'the stored payload is malformed');
+          END IF;
+          groups := trim_array(groups, 1);
+        WHEN 5 THEN place := place + 4;
+        ELSE PERFORM pgbroker.refuse_value(path, 'the stored payload is malformed');
+      END CASE;
+      EXIT WHEN groups = '{}';
+    END LOOP;
+    IF place > size OR tag >> 3 = 0 THEN
+      PERFORM pgbroker.refuse_value(path, 'the stored payload is malformed');
+    END IF;
+    raw := substr(message, start + 1, place - start);
+    ends := place;
+    IF wire = 3 THEN -- without the tag at the end
+      ends := place - octet_length(pgbroker.wire_varint(tag));
+    END IF;
+    content := CASE WHEN wire IN (2, 3) THEN substr(message, begins + 1, ends - begins) END;
+    RETURN NEXT;
+  END LOOP;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.wire_fields(bytea, text) IS
+  'The occurrences of fields in a message, in their order: each with its bytes, and the content of text, messages and groups.';
+
+CREATE FUNCTION pgbroker.wire_text(content bytea) RETURNS text
+  LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+  RETURN convert_from(
+    CASE WHEN position('\x00'::bytea IN content) = 0 THEN content
+      ELSE coalesce((SELECT string_agg(substr(content, i, 1), '' ORDER BY i) FILTER (WHERE get_byte(content, i - 1) <> 0)
+                     FROM generate_series(1, octet_length(content)) AS i), '') END,
+    'UTF8');
+COMMENT ON FUNCTION pgbroker.wire_text(bytea) IS 'Text as projections have it: without U+0000, which text in Postgres cannot hold.';
+
+-- ---------------------------------------------------------------------------------------------
+-- JSON to messages
+-- ---------------------------------------------------------------------------------------------
+
+CREATE FUNCTION pgbroker.json_integer(value jsonb, path text, kind text, lowest numeric, highest numeric) RETURNS numeric
+  LANGUAGE plpgsql IMMUTABLE AS $$
+DECLARE
+  spelled text := value #>> '{}';
+  n       numeric;
+BEGIN
+  IF jsonb_typeof(value) NOT IN ('number', 'string') OR spelled !~ '^-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]{1,3})?$' THEN
+    PERFORM pgbroker.refuse_value(path, 'must be a number (' || kind || ')');
+  END IF;
+  n := spelled::numeric;
+  IF n <> trunc(n) OR n NOT BETWEEN lowest AND highest THEN
+    PERFORM pgbroker.refuse_value(path, format('must be a whole number from %s to %s (%s)', lowest, highest, kind));
+  END IF;
+  RETURN trunc(n);
+END
+$$;
+COMMENT ON FUNCTION pgbroker.json_integer(jsonb, text, text, numeric, numeric) IS 'A whole number, given as a number or as text.';
+
+CREATE FUNCTION pgbroker.encode_scalar(kind text, of_type text, value jsonb, path text, OUT encoded bytea, OUT shown jsonb)
+  LANGUAGE plpgsql STABLE AS $$
+DECLARE
+  given text := jsonb_typeof(value);
+  n     numeric;
+  f     double precision;
+  b     bytea;
+BEGIN
+  CASE kind
+    WHEN 'string' THEN
+      IF given <> 'string' THEN
+        PERFORM pgbroker.refuse_value(path, 'must be text, not ' || given);
+      END IF;
+      b := convert_to(value #>> '{}', 'UTF8');
+      encoded := pgbroker.wire_varint(octet_length(b)) || b;
+      shown := value;
+
+    WHEN 'bool' THEN
+      IF given <> 'boolean' THEN
+        PERFORM pgbroker.refuse_value(path, 'must be true or false, not ' || given);
+      END IF;
+      encoded := CASE WHEN value::boolean THEN '\x01' ELSE '\x00' END::bytea;
+      shown := value;
+
+    WHEN 'int32', 'sint32', 'sfixed32' THEN
+      n := pgbroker.json_integer(value, path, kind, -2147483648, 2147483647);
+      encoded := CASE kind
+        WHEN 'int32' THEN pgbroker.wire_varint(n::bigint)
+        WHEN 'sint32' THEN pgbroker.wire_varint((n::bigint << 1) # (n::bigint >> 63))
+        ELSE pgbroker.wire_reverse(int4send(n::integer)) END;
+      shown := to_jsonb(n);
+
+    WHEN 'uint32', 'fixed32' THEN
+      n := pgbroker.json_integer(value, path, kind, 0, 4294967295);
+      encoded := CASE kind
+        WHEN 'uint32' THEN pgbroker.wire_varint(n::bigint)
+        ELSE pgbroker.wire_reverse(substr(int8send(n::bigint), 5)) END;
+      shown := to_jsonb(n);
+
+    WHEN 'int64', 'sint64', 'sfixed64' THEN
+      n := pgbroker.json_integer(value, path, kind, -9223372036854775808, 9223372036854775807);
+      encoded := CASE kind
+        WHEN 'int64' THEN pgbroker.wire_varint(n::bigint)
+        WHEN 'sint64' THEN pgbroker.wire_varint((n::bigint << 1) # (n::bigint >> 63))
+        ELSE pgbroker.wire_reverse(int8send(n::bigint)) END;
+      shown := to_jsonb(n::text); -- more digits than a JSON number can be trusted with
+
+    WHEN 'uint64', 'fixed64' THEN
+      n := pgbroker.json_integer(value, path, kind, 0, 18446744073709551615);
+      shown := to_jsonb(n::text);
+      IF n > 9223372036854775807 THEN
+        n := n - 18446744073709551616; -- the signed number of the same bits
+      END IF;
+      encoded := CASE kind
+        WHEN 'uint64' THEN pgbroker.wire_varint(n::bigint)
+        ELSE pgbroker.wire_reverse(int8send(n::bigint)) END;
+
+    WHEN 'float', 'double' THEN
+      IF given = 'string' AND value #>> '{}' IN ('NaN', 'Infinity', '-Infinity') THEN
+        f := (value #>> '{}')::double precision;
+        shown := value;
+      ELSE
+        IF given NOT IN ('number', 'string') OR value #>> '{}' !~ '^-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]{1,3})?$' THEN
+          PERFORM pgbroker.refuse_value(path, 'must be a number (' || kind || ')');
+        END IF;
+        n := (value #>> '{}')::numeric;
+        IF n <> 0 AND (kind = 'float' AND abs(n) NOT BETWEEN 1.401298464324817e-45 AND 3.4028235677973366e38
+                       OR abs(n) NOT BETWEEN 4.94065645841247e-324 AND 1.797693134862315708e308) THEN
+          PERFORM pgbroker.refuse_value(path, 'is out of the range of ' || kind);
+        END IF;
+        f := n::double precision;
+        shown := CASE kind WHEN 'float' THEN to_jsonb(n::real) ELSE to_jsonb(f) END;
+      END IF;
+      encoded := pgbroker.wire_reverse(CASE
+        WHEN kind = 'double' THEN float8send(f)
+        WHEN n IS NULL THEN float4send(f::real)
+        ELSE float4send(n::real) END);
+
+    WHEN 'bytes' THEN
+      IF given <> 'string' OR value #>> '{}' !~ '^[A-Za-z0-9+/_-]*={0,2}$' OR length(rtrim(value #>> '{}', '=')) % 4 = 1 THEN
+        PERFORM pgbroker.refuse_value(path, 'must be base64');
+      END IF;
+      b := decode(rpad(translate(rtrim(value #>> '{}', '='), '-_', '+/'),
+                       (length(rtrim(value #>> '{}', '=')) + 3) / 4 * 4, '='), 'base64');
+      encoded := pgbroker.wire_varint(octet_length(b)) || b;
+      shown := to_jsonb(translate(encode(b, 'base64'), E'\n', ''));
+
+    WHEN 'enum' THEN
+      IF of_type = 'google.protobuf.NullValue' AND given = 'null' THEN
+        n := 0;
+        shown := 'null';
+      ELSIF given = 'string' THEN
+        SELECT v.number INTO n FROM pgbroker.enum_values v
+          WHERE v.enum = of_type AND v.name = value #>> '{}';
+        IF NOT FOUND THEN
+          PERFORM pgbroker.refuse_value(path, format('must be a value of %s: %s', of_type, (
+            SELECT string_agg(v.name, ', ' ORDER BY v.position) FROM pgbroker.enum_values v WHERE v.enum = of_type)));
+        END IF;
+      ELSE
+        n := pgbroker.json_integer(value, path, 'enum ' || of_type, -2147483648, 2147483647);
+      END IF;
+      encoded := pgbroker.wire_varint(n::bigint);
+      IF of_type = 'google.protobuf.NullValue' THEN
+        shown := 'null';
+      ELSE
+        shown := coalesce(
+          (SELECT to_jsonb(v.name) FROM pgbroker.enum_values v WHERE v.enum = of_type AND v.number = n ORDER BY v.position LIMIT 1),
+          to_jsonb(n));
+      END IF;
+  END CASE;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.encode_scalar(text, text, jsonb, text) IS
+  'A value of a scalar kind on the wire, without its tag, and how projections show it.';
+
+CREATE FUNCTION pgbroker.wire_type(kind text) RETURNS integer
+  LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+  RETURN CASE
+    WHEN kind IN ('string', 'bytes', 'message') THEN 2
+    WHEN kind IN ('double', 'fixed64', 'sfixed64') THEN 1
+    WHEN kind IN ('float', 'fixed32', 'sfixed32') THEN 5
+    WHEN kind = 'group' THEN 3
+    ELSE 0 END;
+COMMENT ON FUNCTION pgbroker.wire_type(text) IS 'How values of a kind are written.';
+
+CREATE FUNCTION pgbroker.encode_value(value jsonb) RETURNS bytea
+  LANGUAGE plpgsql IMMUTABLE STRICT AS $$
+DECLARE
+  content bytea := '';
+  member  record;
+  element jsonb;
+  n       numeric;
+BEGIN
+  CASE jsonb_typeof(value)
+    WHEN 'string' THEN
+      content := convert_to(value #>> '{}', 'UTF8');
+      RETURN '\x1a'::bytea || pgbroker.wire_varint(octet_length(content)) || content;
+    WHEN 'number' THEN
+      n := value::numeric;
+      IF abs(n) > 1.797693134862315708e308 OR n <> 0 AND abs(n) < 4.94065645841247e-324 THEN
+        PERFORM pgbroker.refuse_value('data', 'holds a number that is out of the range of double');
+      END IF;
+      RETURN '\x11'::bytea || pgbroker.wire_reverse(float8send(n::double precision));
+    WHEN 'boolean' THEN
+      RETURN CASE WHEN value::boolean THEN '\x2001'::bytea ELSE '\x2000'::bytea END;
+    WHEN 'null' THEN
+      RETURN '\x0800';
+    WHEN 'object' THEN
+      content := pgbroker.encode_struct(value);
+      RETURN '\x2a'::bytea || pgbroker.wire_varint(octet_length(content)) || content;
+    WHEN 'array' THEN
+      content := pgbroker.encode_list(value);
+      RETURN '\x32'::bytea || pgbroker.wire_varint(octet_length(content)) || content;
+  END CASE;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.encode_value(jsonb) IS 'Any JSON as a google.protobuf.Value.';
+
+CREATE FUNCTION pgbroker.encode_struct(value jsonb) RETURNS bytea
+  LANGUAGE plpgsql IMMUTABLE STRICT AS $$
+DECLARE
+  fields  bytea := '';
+  member  record;
+  key     bytea;
+  content bytea;
+BEGIN
+  FOR member IN SELECT m.key, m.value FROM jsonb_each(value) AS m ORDER BY m.key COLLATE "C" LOOP
+    key := convert_to(member.key, 'UTF8');
+    content := pgbroker.encode_value(member.value);
+    content := '\x0a'::bytea || pgbroker.wire_varint(octet_length(key)) || key
+      || '\x12'::bytea || pgbroker.wire_varint(octet_length(content)) || content;
+    fields := fields || '\x0a'::bytea || pgbroker.wire_varint(octet_length(content)) || content;
+  END LOOP;
+  RETURN fields;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.encode_struct(jsonb) IS 'A JSON object as a google.protobuf.Struct.';
+
+CREATE FUNCTION pgbroker.encode_list(value jsonb) RETURNS bytea
+  LANGUAGE plpgsql IMMUTABLE STRICT AS $$
+DECLARE
+  elements bytea := '';
+  element  jsonb;
+  content  bytea;
+BEGIN
+  FOR element IN SELECT * FROM jsonb_array_elements(value) LOOP
+    content := pgbroker.encode_value(element);
+    elements := elements || '\x0a'::bytea || pgbroker.wire_varint(octet_length(content)) || content;
+  END LOOP;
+  RETURN elements;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.encode_list(jsonb) IS 'A JSON list as a google.protobuf.ListValue.';
+
+CREATE FUNCTION pgbroker.as_doubles(value jsonb) RETURNS jsonb
+  LANGUAGE plpgsql IMMUTABLE STRICT AS $$
+BEGIN
+  CASE jsonb_typeof(value)
+    WHEN 'number' THEN
+      RETURN to_jsonb(value::double precision);
+    WHEN 'object' THEN
+      RETURN coalesce((SELECT jsonb_object_agg(m.key, pgbroker.as_doubles(m.value)) FROM jsonb_each(value) AS m), '{}');
+    WHEN 'array' THEN
+      RETURN coalesce((SELECT jsonb_agg(pgbroker.as_doubles(e.value) ORDER BY e.place)
+                       FROM jsonb_array_elements(value) WITH ORDINALITY AS e (value, place)), '[]');
+    ELSE
+      RETURN value;
+  END CASE;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.as_doubles(jsonb) IS 'JSON with its numbers rounded as google.protobuf.Value rounds them.';
+
+CREATE FUNCTION pgbroker.show_nanos(nanos integer) RETURNS text
+  LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+  -- 0, 3, 6 or 9 digits.
+  RETURN CASE WHEN nanos = 0 THEN '' ELSE '.' || regexp_replace(lpad(nanos::text, 9, '0'), '(000){1,2}$', '') END;
+COMMENT ON FUNCTION pgbroker.show_nanos(integer) IS 'Fractions of a second as projections show them.';
+
+CREATE FUNCTION pgbroker.encode_timestamp(value jsonb, path text, OUT encoded bytea, OUT shown jsonb)
+  LANGUAGE plpgsql IMMUTABLE AS $$
+DECLARE
+  parts   text[];
+  at      timestamp;
+  seconds bigint;
+  nanos   integer;
+BEGIN
+  parts := regexp_match(value #>> '{}',
+    '^(\d{4}-\d\d-\d\d)T([01]\d|2[0-3])(:[0-5]\d:[0-5]\d)(?:\.(\d{1,9}))?(?:Z|([+-])([01]\d|2[0-3]):([0-5]\d))$');
+  IF jsonb_typeof(value) <> 'string' OR parts IS NULL OR parts[1] < '0001' THEN
+    PERFORM pgbroker.refuse_value(path, 'must be a time as in 2030-01-31T23:59:59Z');
+  END IF;
+  BEGIN
+    at := (parts[1] || ' ' || parts[2] || parts[3])::timestamp;
+  EXCEPTION WHEN datetime_field_overflow OR invalid_datetime_format THEN
+    PERFORM pgbroker.refuse_value(path, 'is not a day of the calendar');
+  END;
+  seconds := extract(epoch FROM at)::bigint;
+  IF parts[5] IS NOT NULL THEN
+    seconds := seconds - (parts[5] || '1')::integer * (parts[6]::integer * 3600 + parts[7]::integer * 60);
+  END IF;
+  IF seconds NOT BETWEEN -62135596800 AND 253402300799 THEN
+    PERFORM pgbroker.refuse_value(path, 'must be in the years 1 to 9999');
+  END IF;
+  nanos := rpad(coalesce(parts[4], ''), 9, '0')::integer;
+  encoded := CASE WHEN seconds <> 0 THEN '\x08'::bytea || pgbroker.wire_varint(seconds) ELSE '' END
+          || CASE WHEN nanos <> 0 THEN '\x10'::bytea || pgbroker.wire_varint(nanos) ELSE '' END;
+  shown := to_jsonb(to_char('epoch'::timestamp + seconds * interval '1 second', 'YYYY-MM-DD"T"HH24:MI:SS')
+    || pgbroker.show_nanos(nanos) || 'Z');
+END
+$$;
+COMMENT ON FUNCTION pgbroker.encode_timestamp(jsonb, text) IS 'A google.protobuf.Timestamp, to the nanosecond.';
+
+CREATE FUNCTION pgbroker.encode_duration(value jsonb, path text, OUT encoded bytea, OUT shown jsonb)
+  LANGUAGE plpgsql IMMUTABLE AS $$
+DECLARE
+  parts   text[] := regexp_match(value #>> '{}', '^(-?)(\d{1,12})(?:\.(\d{1,9}))?s$');
+  seconds bigint;
+  nanos   integer;
+BEGIN
+  IF jsonb_typeof(value) <> 'string' OR parts IS NULL OR parts[2]::bigint > 315576000000 THEN
+    PERFORM pgbroker.refuse_value(path, 'must be a duration in seconds as in 90s or 1.5s');
+  END IF;
+  seconds := parts[2]::bigint;
+  nanos := rpad(coalesce(parts[3], ''), 9, '0')::integer;
+  shown := to_jsonb(CASE WHEN seconds <> 0 OR nanos <> 0 THEN parts[1] ELSE '' END || seconds || pgbroker.show_nanos(nanos) || 's');
+  IF parts[1] = '-' THEN
+    seconds := -seconds;
+    nanos := -nanos;
+  END IF;
+  encoded := CASE WHEN seconds <> 0 THEN '\x08'::bytea || pgbroker.wire_varint(seconds) ELSE '' END
+          || CASE WHEN nanos <> 0 THEN '\x10'::bytea || pgbroker.wire_varint(nanos) ELSE '' END;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.encode_duration(jsonb, text) IS 'A google.protobuf.Duration.';
+
+CREATE FUNCTION pgbroker.encode_field_mask(value jsonb, path text, OUT encoded bytea, OUT shown jsonb)
+  LANGUAGE plpgsql IMMUTABLE AS $$
+BEGIN
+  IF jsonb_typeof(value) <> 'string' OR value #>> '{}' !~ '^([a-zA-Z0-9.]+(,[a-zA-Z0-9.]+)*)?$' THEN
+    PERFORM pgbroker.refuse_value(path, 'must be a list of paths as in "userId,claims.email"');
+  END IF;
+  encoded := coalesce((
+    SELECT string_agg(pgbroker.wire_bytes(1, convert_to(lower(regexp_replace(p, '([A-Z])', '_\1', 'g')), 'UTF8')), '' ORDER BY place)
+    FROM string_to_table(value #>> '{}', ',') WITH ORDINALITY AS paths (p, place) WHERE p <> ''), '');
+  shown := value;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.encode_field_mask(jsonb, text) IS 'A google.protobuf.FieldMask.';
+
+CREATE FUNCTION pgbroker.encode_any(old bytea, before jsonb, value jsonb, path text, OUT encoded bytea, OUT shown jsonb)
+  LANGUAGE plpgsql STABLE AS $$
+DECLARE
+  url       text := value ->> '@type';
+  of_type text := regexp_replace(url, '^.*/', '');
+  members   jsonb;
+  same      boolean;
+  old_value bytea := '';
+  looks     text;
+  inner_one record;
+BEGIN
+  IF jsonb_typeof(value) <> 'object' OR value <> '{}' AND jsonb_typeof(value -> '@type') IS DISTINCT FROM 'string' THEN
+    PERFORM pgbroker.refuse_value(path, 'must be an object whose "@type" names a message');
+  END IF;
+  IF value = '{}' THEN
+    encoded := '';
+    shown := value;
+    RETURN;
+  END IF;
+  members := value - '@type';
+  same := coalesce(before ->> '@type' = url, false);
+  IF same THEN
+    SELECT coalesce(f.content, '') INTO old_value FROM pgbroker.wire_fields(old, path) WITH ORDINALITY AS f
+      WHERE f.number = 2 AND f.wire = 2 ORDER BY f.ordinality DESC LIMIT 1;
+    old_value := coalesce(old_value, '');
+  END IF;
+  SELECT m.form INTO looks FROM pgbroker.messages m WHERE m.message = of_type;
+  IF looks IS NULL THEN
+    IF members <> '{}' THEN
+      PERFORM pgbroker.refuse_value(path, format('the message %s is not known: add it with `pgbroker schema add`', quote_literal(of_type)));
+    END IF;
+    encoded := old_value; -- not shown, so not changed either
+    shown := value;
+  ELSIF looks = 'object' THEN
+    SELECT * INTO inner_one
+      FROM pgbroker.encode_message(of_type, old_value, CASE WHEN same THEN before - '@type' ELSE '{}' END, members, path);
+    encoded := inner_one.encoded;
+    shown := jsonb_build_object('@type', url) || inner_one.shown;
+  ELSE
+    IF NOT members ? 'value' OR members - 'value' <> '{}' THEN
+      PERFORM pgbroker.refuse_value(path, format('must have "@type" and "value" and nothing else: %s is not an object of fields', of_type));
+    END IF;
+    SELECT * INTO inner_one
+      FROM pgbroker.encode_message(of_type, old_value, CASE WHEN same THEN before -> 'value' END, members -> 'value', path || '.value');
+    encoded := inner_one.encoded;
+    shown := jsonb_build_object('@type', url, 'value', inner_one.shown);
+  END IF;
+  encoded := pgbroker.wire_bytes(1, convert_to(url, 'UTF8'))
+    || CASE WHEN encoded <> '' THEN pgbroker.wire_bytes(2, encoded) ELSE '' END;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.encode_any(bytea, jsonb, jsonb, text) IS 'A google.protobuf.Any.';
+
+CREATE FUNCTION pgbroker.encode_message(
+  of_type text, old bytea, before jsonb, value jsonb, path text, OUT encoded bytea, OUT shown jsonb)
+  LANGUAGE plpgsql STABLE AS $$
+DECLARE
+  looks text := (SELECT m.form FROM pgbroker.messages m WHERE m.message = of_type);
+  inner_one record;
+BEGIN
+  CASE looks
+    WHEN 'object' THEN
+      SELECT * INTO inner_one FROM pgbroker.encode_fields(of_type, old, before, value, path);
+      encoded := inner_one.encoded;
+      shown := inner_one.shown;
+    WHEN 'any' THEN
+      SELECT * INTO inner_one FROM pgbroker.encode_any(old, before, value, path);
+      encoded := inner_one.encoded;
+      shown := inner_one.shown;
+    WHEN 'timestamp' THEN
+      SELECT * INTO inner_one FROM pgbroker.encode_timestamp(value, path);
+      encoded := inner_one.encoded;
+      shown := inner_one.shown;
+    WHEN 'duration' THEN
+      SELECT * INTO inner_one FROM pgbroker.encode_duration(value, path);
+      encoded := inner_one.encoded;
+      shown := inner_one.shown;
+    WHEN 'field_mask' THEN
+      SELECT * INTO inner_one FROM pgbroker.encode_field_mask(value, path);
+      encoded := inner_one.encoded;
+      shown := inner_one.shown;
+    WHEN 'struct', 'value', 'list' THEN
+      IF looks = 'struct' AND jsonb_typeof(value) <> 'object' OR looks = 'list' AND jsonb_typeof(value) <> 'array' THEN
+        PERFORM pgbroker.refuse_value(path, CASE looks WHEN 'struct' THEN 'must be an object' ELSE 'must be a list' END);
+      END IF;
+      encoded := CASE looks
+        WHEN 'struct' THEN pgbroker.encode_struct(value)
+        WHEN 'list' THEN pgbroker.encode_list(value)
+        ELSE pgbroker.encode_value(value) END;
+      -- Up to 15 digits are the same number as a double.
+      shown := CASE WHEN value::text ~ '[0-9.]{16}' THEN pgbroker.as_doubles(value) ELSE value END;
+    WHEN 'wrapper' THEN
+      SELECT s.encoded, s.shown, f.kind INTO inner_one
+        FROM pgbroker.message_fields f, pgbroker.encode_scalar(f.kind, f.type_name, value, path) s
+        WHERE f.message = of_type AND f.number = 1;
+      shown := inner_one.shown;
+      encoded := CASE WHEN inner_one.encoded IN ('\x00', '\x00000000', '\x0000000000000000') THEN ''
+        ELSE pgbroker.wire_varint(8 | pgbroker.wire_type(inner_one.kind)) || inner_one.encoded END;
+    ELSE
+      PERFORM pgbroker.refuse_value(path, format('the message %s is not known: add it with `pgbroker schema add`', quote_literal(of_type)));
+  END CASE;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.encode_message(text, bytea, jsonb, jsonb, text) IS
+  'A message given as JSON: its bytes, and how projections show it. Where an encoded message and its projection are '
+  'given, too, the result is that message with what has changed.';
+
+CREATE FUNCTION pgbroker.encode_singular(
+  kind text, of_type text, old bytea, before jsonb, value jsonb, path text, OUT encoded bytea, OUT shown jsonb)
+  LANGUAGE plpgsql STABLE AS $$
+DECLARE
+  inner_one record;
+BEGIN
+  IF value = 'null' AND coalesce(of_type, '') NOT IN ('google.protobuf.Value', 'google.protobuf.NullValue') THEN
+    PERFORM pgbroker.refuse_value(path, 'must not be null');
+  END IF;
+  IF kind IN ('message', 'group') THEN
+    IF old IS NOT NULL AND before = value THEN
+      encoded := old;
+      shown := value;
+    ELSE
+      SELECT * INTO inner_one FROM pgbroker.encode_message(of_type, coalesce(old, ''), before, value, path);
+      encoded := inner_one.encoded;
+      shown := inner_one.shown;
+    END IF;
+    IF kind = 'message' THEN
+      encoded := pgbroker.wire_varint(octet_length(encoded)) || encoded;
+    END IF;
+  ELSE
+    SELECT * INTO inner_one FROM pgbroker.encode_scalar(kind, of_type, value, path);
+    encoded := inner_one.encoded;
+    shown := inner_one.shown;
+  END IF;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.encode_singular(text, text, bytea, jsonb, jsonb, text) IS
+  'One value of a field of any kind, without its tag, and how projections show it.';
+
+CREATE FUNCTION pgbroker.map_key(kind text, entry bytea) RETURNS text
+  LANGUAGE plpgsql STABLE STRICT AS $$
+DECLARE
+  key  record;
+  n    bigint := 0;
+  bits bytea;
+BEGIN
+  SELECT * INTO key FROM pgbroker.wire_fields(entry, 'data') WITH ORDINALITY AS f
+    WHERE f.number = 1 AND f.wire = pgbroker.wire_type(kind) ORDER BY f.ordinality DESC LIMIT 1;
+  IF kind = 'string' THEN
+    RETURN coalesce(pgbroker.wire_text(key.content), '');
+  END IF;
+  IF FOUND THEN
+    bits := substr(key.raw, 2);
+    IF key.wire = 0 THEN
+      FOR i IN 0..octet_length(bits) - 1 LOOP
+        n := n | ((get_byte(bits, i) & 127)::bigint << (7 * i));
+      END LOOP;
+    ELSE
+      FOR i IN 0..octet_length(bits) - 1 LOOP
+        n := n | (get_byte(bits, i)::bigint << (8 * i));
+      END LOOP;
+    END IF;
+  END IF;
+  RETURN CASE
+    WHEN kind = 'bool' THEN (n <> 0)::text
+    WHEN kind = 'int32' OR kind = 'sfixed32' THEN ((n & 4294967295)::bit(32)::integer)::text
+    WHEN kind = 'uint32' OR kind = 'fixed32' THEN (n & 4294967295)::text
+    WHEN kind = 'sint32' THEN (((n & 4294967295) >> 1) # -(n & 1))::text
+    WHEN kind = 'sint64' THEN (((n >> 1) & 9223372036854775807) # -(n & 1))::text
+    WHEN kind IN ('uint64', 'fixed64') AND n < 0 THEN (n + 18446744073709551616)::text
+    ELSE n::text END;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.map_key(text, bytea) IS 'The key of an entry of a map, as JSON has it.';
+
+CREATE FUNCTION pgbroker.encode_list_field(
+  f pgbroker.message_fields, olds bytea[], before jsonb, value jsonb, path text, OUT encoded bytea, OUT shown jsonb)
+  LANGUAGE plpgsql STABLE AS $$
+DECLARE
+  size      integer;
+  tag       bytea := pgbroker.wire_varint(f.number::bigint << 3 | pgbroker.wire_type(f.kind));
+  ends      bytea := CASE WHEN f.kind = 'group' THEN pgbroker.wire_varint(f.number::bigint << 3 | 4) ELSE '' END;
+  old_place integer;
+  taken     integer[] := '{}';
+  one       record;
+BEGIN
+  IF jsonb_typeof(value) <> 'array' THEN
+    PERFORM pgbroker.refuse_value(path, 'must be a list');
+  END IF;
+  size := jsonb_array_length(value);
+  encoded := '';
+  shown := '[]';
+  IF jsonb_typeof(before) IS DISTINCT FROM 'array' OR cardinality(olds) <> jsonb_array_length(before) THEN
+    olds := '{}';
+  END IF;
+  FOR i IN 0..size - 1 LOOP
+    -- What the element was before: the one in its place, if the list is as long as before; else one that looks the same.
+    old_place := NULL;
+    IF cardinality(olds) = size THEN
+      old_place := i;
+    ELSIF olds <> '{}' THEN
+      SELECT b.place - 1 INTO old_place FROM jsonb_array_elements(before) WITH ORDINALITY AS b (element, place)
+        WHERE b.element = value -> i AND b.place - 1 <> ALL (taken) ORDER BY b.place LIMIT 1;
+      taken := taken || old_place;
+    END IF;
+    SELECT * INTO one FROM pgbroker.encode_singular(
+      f.kind, f.type_name, olds[old_place + 1], before -> old_place, value -> i, format('%s[%s]', path, i));
+    encoded := encoded || CASE WHEN f.label = 'packed' THEN one.encoded ELSE tag || one.encoded || ends END;
+    shown := shown || jsonb_build_array(one.shown);
+  END LOOP;
+  IF f.label = 'packed' AND size > 0 THEN
+    encoded := pgbroker.wire_bytes(f.number, encoded);
+  END IF;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.encode_list_field(pgbroker.message_fields, bytea[], jsonb, jsonb, text) IS
+  'All of a repeated field, with its tags, and how projections show it.';
+
+CREATE FUNCTION pgbroker.encode_map_field(
+  f pgbroker.message_fields, olds bytea[], before jsonb, value jsonb, path text, OUT encoded bytea, OUT shown jsonb)
+  LANGUAGE plpgsql STABLE AS $$
+DECLARE
+  old_keys   text[] := '{}';
+  old_values bytea[] := '{}';
+  entry      bytea;
+  member     record;
+  key        record;
+  key_given  jsonb;
+  place      integer;
+  one        record;
+BEGIN
+  IF jsonb_typeof(value) <> 'object' THEN
+    PERFORM pgbroker.refuse_value(path, 'must be an object');
+  END IF;
+  encoded := '';
+  shown := '{}';
+  IF f.kind = 'message' THEN
+    FOREACH entry IN ARRAY olds LOOP
+      old_keys := pgbroker.map_key(f.map_key, entry) || old_keys; -- the last one of a key counts: first here
+      old_values := (SELECT coalesce(string_agg(v.content, ''), '') FROM pgbroker.wire_fields(entry, path) v
+                     WHERE v.number = 2 AND v.wire = 2) || old_values;
+    END LOOP;
+  END IF;
+  FOR member IN SELECT m.key, m.value FROM jsonb_each(value) AS m ORDER BY m.key COLLATE "C" LOOP
+    key_given := CASE WHEN f.map_key = 'bool' AND member.key IN ('true', 'false') THEN member.key::jsonb ELSE to_jsonb(member.key) END;
+    SELECT * INTO key FROM pgbroker.encode_scalar(f.map_key, NULL, key_given, format('%s: the key %s', path, to_jsonb(member.key)));
+    IF shown ? (key.shown #>> '{}') THEN
+      PERFORM pgbroker.refuse_value(path, 'has a key twice');
+    END IF;
+    place := array_position(old_keys, key.shown #>> '{}');
+    SELECT * INTO one FROM pgbroker.encode_singular(
+      f.kind, f.type_name, old_values[place], before -> (key.shown #>> '{}'), member.value, path || '.' || member.key);
+    encoded := encoded || pgbroker.wire_bytes(f.number,
+      pgbroker.wire_varint(8 | pgbroker.wire_type(f.map_key)) || key.encoded
+      || pgbroker.wire_varint(16 | pgbroker.wire_type(f.kind)) || one.encoded);
+    shown := shown || jsonb_build_object(key.shown #>> '{}', one.shown);
+  END LOOP;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.encode_map_field(pgbroker.message_fields, bytea[], jsonb, jsonb, text) IS
+  'All entries of a map, with their tags, and how projections show it.';
+
+CREATE FUNCTION pgbroker.encode_fields(
+  of_type text, old bytea, before jsonb, value jsonb, path text, OUT encoded bytea, OUT shown jsonb)
+  LANGUAGE plpgsql STABLE AS $$
+DECLARE
+  f        record;
+  def      pgbroker.message_fields;
+  stranger text;
+  was      jsonb;
+  is_now   jsonb;
+  one      record;
+  olds     bytea[];
+  merged   bytea;
+  content  bytea;
+  -- Numbers of the fields whose occurrences go, and of those that come instead, with their bytes.
+  gone     integer[] := '{}';
+  numbers  integer[] := '{}';
+  fields   bytea[] := '{}';
+  written  integer[] := '{}';
+  chosen   text[] := '{}';
+  place    integer;
+BEGIN
+  IF jsonb_typeof(value) <> 'object' THEN
+    PERFORM pgbroker.refuse_value(path, 'must be an object');
+  END IF;
+  SELECT k INTO stranger FROM jsonb_object_keys(value) AS k
+    WHERE NOT EXISTS (SELECT FROM pgbroker.message_fields m WHERE m.message = of_type AND k IN (m.name, m.json_name))
+    ORDER BY k LIMIT 1;
+  IF FOUND THEN
+    PERFORM pgbroker.refuse_value(path || '.' || stranger, format('there is no such field in message %s', of_type));
+  END IF;
+  before := coalesce(before, '{}');
+  shown := '{}';
+
+  FOR f IN
+    SELECT m.*, m.name <> m.json_name AND value ? m.name AND value ? m.json_name AS ambiguous,
+           m.secret OR EXISTS (SELECT FROM pgbroker.redacted_fields r WHERE r.message = m.message AND r.field = m.name) AS hidden
+    FROM pgbroker.message_fields m
+    WHERE m.message = encode_fields.of_type AND (value ? m.name OR value ? m.json_name OR before ? m.name)
+    ORDER BY m.number
+  LOOP
+    IF f.ambiguous THEN
+      PERFORM pgbroker.refuse_value(path || '.' || f.json_name, 'is given twice, as ' || f.name || ', too');
+    END IF;
+    was := before -> f.name;
+    is_now := coalesce(value -> f.name, value -> f.json_name);
+    -- null is absence, but for what can be null itself; and of a secret it is the wish to remove it.
+    IF is_now = 'null' AND was IS DISTINCT FROM 'null'
+       AND (f.label IN ('repeated', 'packed', 'map') OR coalesce(f.type_name, '') NOT IN ('google.protobuf.Value', 'google.protobuf.NullValue')) THEN
+      is_now := NULL;
+    END IF;
+    IF is_now IS NOT NULL AND f.oneof IS NOT NULL THEN
+      IF f.oneof = ANY (chosen) THEN
+        PERFORM pgbroker.refuse_value(path || '.' || f.name, format('only one field of %s can be set', f.oneof));
+      END IF;
+      chosen := chosen || f.oneof;
+    END IF;
+    IF is_now = was THEN
+      IF NOT f.hidden THEN
+        shown := shown || jsonb_build_object(f.name, is_now);
+      END IF;
+      CONTINUE; -- its bytes stay
+    END IF;
+
+    gone := gone || f.number;
+    IF f.oneof IS NOT NULL THEN -- other members give way to a new one, and must not come back when this one goes
+      gone := gone || ARRAY(SELECT m.number FROM pgbroker.message_fields m WHERE m.message = encode_fields.of_type AND m.oneof = f.oneof);
+    END IF;
+    CONTINUE WHEN is_now IS NULL;
+    olds := '{}';
+    IF old <> '' AND f.kind IN ('message', 'group') THEN
+      olds := ARRAY(SELECT o.content FROM pgbroker.wire_fields(old, path) AS o
+                    WHERE o.number = f.number AND o.wire = pgbroker.wire_type(f.kind));
+    END IF;
+    def := (f.message, f.number, f.name, f.json_name, f.kind, f.label, f.type_name, f.map_key, f.oneof, f.secret);
+    CASE f.label
+      WHEN 'repeated', 'packed' THEN
+        SELECT * INTO one FROM pgbroker.encode_list_field(def, olds, was, is_now, path || '.' || f.name);
+        CONTINUE WHEN one.shown = '[]';
+        content := one.encoded;
+      WHEN 'map' THEN
+        SELECT * INTO one FROM pgbroker.encode_map_field(def, olds, was, is_now, path || '.' || f.name);
+        CONTINUE WHEN one.shown = '{}';
+        content := one.encoded;
+      ELSE
+        -- Occurrences of a message merge, and merged they are one after the other.
+        merged := (SELECT string_agg(o, '' ORDER BY n) FROM unnest(olds) WITH ORDINALITY AS u (o, n));
+        SELECT * INTO one FROM pgbroker.encode_singular(f.kind, f.type_name, merged, was, is_now, path || '.' || f.name);
+        CONTINUE WHEN f.label = 'single' AND one.encoded IN ('\x00', '\x00000000', '\x0000000000000000');
+        content := pgbroker.wire_varint(f.number::bigint << 3 | pgbroker.wire_type(f.kind)) || one.encoded
+          || CASE WHEN f.kind = 'group' THEN pgbroker.wire_varint(f.number::bigint << 3 | 4) ELSE '' END;
+    END CASE;
+    numbers := numbers || f.number;
+    fields := fields || content;
+    IF NOT f.hidden THEN
+      shown := shown || jsonb_build_object(f.name, one.shown);
+    END IF;
+  END LOOP;
+
+  encoded := '';
+  IF old <> '' THEN
+    FOR f IN SELECT * FROM pgbroker.wire_fields(old, path) LOOP
+      IF f.number <> ALL (gone) THEN
+        encoded := encoded || f.raw;
+        CONTINUE;
+      END IF;
+      place := array_position(numbers, f.number);
+      IF place IS NOT NULL AND f.number <> ALL (written) THEN
+        encoded := encoded || fields[place];
+        written := written || f.number;
+      END IF;
+    END LOOP;
+  END IF;
+  FOR i IN 1..cardinality(numbers) LOOP
+    IF numbers[i] <> ALL (written) THEN
+      encoded := encoded || fields[i];
+    END IF;
+  END LOOP;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.encode_fields(text, bytea, jsonb, jsonb, text) IS
+  'encode_message for messages that are objects of their fields.';
+
+-- ---------------------------------------------------------------------------------------------
+-- What is looked up in a payload
+-- ---------------------------------------------------------------------------------------------
+
+DO $do$
+BEGIN
+  -- Replicas fold case by Unicode, whatever the locale of the database; most builds of Postgres can do so, too.
+  EXECUTE format($sql$
+    CREATE FUNCTION pgbroker.fold_case(words text) RETURNS text
+      LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+      RETURN lower(words%s)$sql$,
+    CASE WHEN EXISTS (SELECT FROM pg_collation WHERE collname = 'und-x-icu' AND collnamespace = 'pg_catalog'::regnamespace)
+      THEN ' COLLATE pg_catalog."und-x-icu"' ELSE '' END);
+END
+$do$;
+COMMENT ON FUNCTION pgbroker.fold_case(text) IS 'Text in lower case.';
+
+CREATE FUNCTION pgbroker.searched_texts(of_type text, value jsonb) RETURNS SETOF text
+  LANGUAGE plpgsql STABLE STRICT AS $$
+DECLARE
+  looks text := (SELECT m.form FROM pgbroker.messages m WHERE m.message = of_type);
+BEGIN
+  CASE
+    WHEN looks = 'object' THEN
+      RETURN QUERY
+        SELECT t.words
+        FROM pgbroker.message_fields f,
+          LATERAL (SELECT value -> f.name AS given) AS g,
+          LATERAL (
+            SELECT g.given AS one WHERE f.label IN ('single', 'optional')
+            UNION ALL SELECT e FROM jsonb_array_elements(CASE WHEN f.label IN ('repeated', 'packed') THEN g.given END) AS e
+            UNION ALL SELECT m.value FROM jsonb_each(CASE WHEN f.label = 'map' THEN g.given END) AS m
+          ) AS v,
+          LATERAL (
+            SELECT v.one #>> '{}' AS words WHERE f.kind = 'string'
+            UNION ALL SELECT pgbroker.searched_texts(f.type_name, v.one) WHERE f.kind = 'message'
+          ) AS t
+        WHERE f.message = of_type AND f.kind IN ('string', 'message') AND value ? f.name
+        ORDER BY f.number;
+    WHEN looks = 'any' THEN
+      RETURN NEXT value ->> '@type'; -- its type, and nothing of what is in it
+    WHEN looks IN ('struct', 'value', 'list') THEN
+      RETURN QUERY SELECT leaf #>> '{}' FROM jsonb_path_query(value, 'strict $.** ? (@.type() == "string")') AS leaf;
+    WHEN looks = 'field_mask' THEN
+      RETURN QUERY SELECT lower(regexp_replace(p, '([A-Z])', '_\1', 'g')) FROM string_to_table(value #>> '{}', ',') AS p;
+    WHEN of_type = 'google.protobuf.StringValue' THEN
+      RETURN NEXT value #>> '{}';
+    ELSE
+      NULL;
+  END CASE;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.searched_texts(text, jsonb) IS 'The strings of a projection that a text query searches.';
+
+CREATE FUNCTION pgbroker.search_text(of_type text, value jsonb) RETURNS text
+  LANGUAGE sql STABLE STRICT
+  -- U+001F stands between any two, and in none of them.
+  RETURN (SELECT string_agg(pgbroker.fold_case(words), E'\x1f')
+          FROM (SELECT translate(found, E'\x1f', '') FROM pgbroker.searched_texts(of_type, value) AS found) AS t (words)
+          WHERE words <> '');
+COMMENT ON FUNCTION pgbroker.search_text(text, jsonb) IS 'records.search_text of a projection.';
+
+CREATE FUNCTION pgbroker.index_cidr(value jsonb) RETURNS inet
+  LANGUAGE plpgsql STABLE STRICT AS $$
+DECLARE
+  given  text := value #>> '{$index,cidr}';
+  prefix inet;
+BEGIN
+  IF jsonb_typeof(value #> '{$index,cidr}') IS DISTINCT FROM 'string' OR given NOT LIKE '%/%' THEN
+    RETURN NULL;
+  END IF;
+  BEGIN
+    prefix := network(given::inet);
+  EXCEPTION WHEN invalid_text_representation THEN
+    RETURN NULL;
+  END;
+  -- An IPv4 network inside IPv6 is that IPv4 network.
+  IF prefix <<= '::ffff:0:0/96' THEN
+    prefix := set_masklen(regexp_replace(host(prefix), '^::ffff:', '')::inet, masklen(prefix) - 96);
+  END IF;
+  RETURN prefix;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.index_cidr(jsonb) IS 'records.index_cidr of the projection of a google.protobuf.Struct.';
+
+-- ---------------------------------------------------------------------------------------------
+-- Records
+-- ---------------------------------------------------------------------------------------------
+
+CREATE FUNCTION pgbroker.encode_payload(
+  record_type text, old_payload bytea, before jsonb, value jsonb,
+  OUT payload bytea, OUT data jsonb, OUT search_text text, OUT index_cidr inet)
+  LANGUAGE plpgsql STABLE AS $$
+DECLARE
+  url       text;
+  old_url   text := '';
+  old_value bytea;
+  of_type text;
+  looks     text;
+  one       record;
+BEGIN
+  IF old_payload IS NOT NULL THEN
+    SELECT coalesce(pgbroker.wire_text(string_agg(f.content, NULL) FILTER (WHERE f.number = 1 AND f.last)), ''),
+           coalesce(string_agg(f.content, NULL) FILTER (WHERE f.number = 2 AND f.last), '')
+      INTO old_url, old_value
+      FROM (SELECT *, row_number() OVER (PARTITION BY w.number ORDER BY w.ordinality DESC) = 1 AS last
+            FROM pgbroker.wire_fields(old_payload, 'payload') WITH ORDINALITY AS w WHERE w.wire = 2) AS f;
+  END IF;
+  -- The type: the one that the value names; else the one it has; else that of the record type; else a Struct.
+  url := CASE
+    WHEN jsonb_typeof(value) = 'object' AND jsonb_typeof(value -> '@type') = 'string'
+      AND (old_payload IS NULL OR value -> '@type' IS DISTINCT FROM before -> '@type') THEN value ->> '@type'
+    WHEN old_url <> '' THEN old_url
+    WHEN record_type LIKE 'type.googleapis.com/%' THEN record_type
+    ELSE 'type.googleapis.com/google.protobuf.Struct' END;
+  of_type := regexp_replace(url, '^.*/', '');
+  SELECT m.form INTO looks FROM pgbroker.messages m WHERE m.message = of_type;
+  IF looks IS NULL THEN
+    PERFORM pgbroker.refuse_value('data', format('the message %s is not known: add it with `pgbroker schema add`, '
+      'name another one as "@type", or write the payload', quote_literal(of_type)));
+  END IF;
+  IF url = value ->> '@type' AND (old_payload IS NULL OR value -> '@type' IS DISTINCT FROM before -> '@type') THEN
+    IF looks NOT IN ('object', 'any') AND NOT (looks = 'struct' AND NOT value ? 'value') THEN
+      IF NOT value ? 'value' OR value - '@type' - 'value' <> '{}' THEN
+        PERFORM pgbroker.refuse_value('data', format('must have "@type" and "value" and nothing else: %s is not an object of fields', of_type));
+      END IF;
+      value := value -> 'value';
+    ELSE
+      value := value - '@type';
+    END IF;
+  END IF;
+  IF url <> old_url THEN
+    old_value := '';
+    before := CASE WHEN looks = 'object' THEN '{}'::jsonb END;
+  END IF;
+
+  SELECT * INTO one FROM pgbroker.encode_message(of_type, coalesce(old_value, ''), before, value, 'data');
+  data := one.shown;
+  search_text := pgbroker.search_text(of_type, one.shown);
+  IF looks IN ('struct', 'value') AND jsonb_typeof(one.shown) = 'object' THEN
+    index_cidr := pgbroker.index_cidr(one.shown);
+  END IF;
+  payload := pgbroker.wire_bytes(1, convert_to(url, 'UTF8'))
+    || coalesce((SELECT string_agg(w.raw, '') FROM pgbroker.wire_fields(old_payload, 'payload') AS w
+                 WHERE url = old_url AND NOT (w.wire = 2 AND w.number IN (1, 2))), '')
+    || CASE WHEN one.encoded <> '' THEN pgbroker.wire_bytes(2, one.encoded) ELSE '' END;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.encode_payload(text, bytea, jsonb, jsonb) IS
+  'What a record is written with when its data are set to a value: the payload, and what is projected from it. An old '
+  'payload and its data may be given: what they have and the value does not change stays.';
+
+CREATE FUNCTION pgbroker.encode_record() RETURNS trigger
+  LANGUAGE plpgsql AS $$
+DECLARE
+  old_payload bytea;
+  before      jsonb;
+  one         record;
+BEGIN
+  IF TG_OP = 'UPDATE' THEN
+    IF NEW.data IS NULL AND NEW.payload IS NOT NULL THEN
+      PERFORM pgbroker.refuse_value('data', 'cannot be NULL while there is a payload; set both to NULL for a record without one');
+    ELSIF NEW.data IS NULL THEN
+      RETURN NEW;
+    ELSIF NEW.payload IS NOT NULL AND OLD.data IS NULL THEN
+      PERFORM pgbroker.refuse_value('data', 'the payload of this record cannot be read, so there is nothing to edit; '
+        'to replace it, set payload to NULL in the same statement');
+    END IF;
+    old_payload := NEW.payload;
+    before := OLD.data;
+  END IF;
+  SELECT * INTO one FROM pgbroker.encode_payload(NEW.type, old_payload, before, NEW.data);
+  NEW.payload := one.payload;
+  NEW.data := one.data;
+  NEW.search_text := one.search_text;
+  NEW.index_cidr := one.index_cidr;
+  RETURN NEW;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.encode_record() IS 'Trigger: data written in SQL become a payload.';
+-- Whoever may write data need not be able to read what is known of message types.
+ALTER FUNCTION pgbroker.encode_record() SECURITY DEFINER SET search_path = pg_catalog, pg_temp;
+REVOKE EXECUTE ON FUNCTION pgbroker.encode_record() FROM PUBLIC;
+
+CREATE FUNCTION pgbroker.keep_version() RETURNS trigger
+  LANGUAGE plpgsql AS $$
+BEGIN
+  NEW.version := OLD.version;
+  NEW.modified_at := OLD.modified_at;
+  RETURN NEW;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.keep_version() IS
+  'Trigger: a record that is projected again has not changed. It undoes what stamp_record has set of version and time, and '
+  'fires after it because triggers fire in the order of their names.';
+
+-- pgbroker.writer says who sets data as the projection of a payload, rather than editing the payload by it: a
+-- 'replica' that writes a record, or the 'projector' that projects existing ones again. Nobody else sets it.
+--
+-- Whatever replicas do first is compare a payload with one that differs from it: that is all that these conditions
+-- cost them.
+ALTER FUNCTION pgbroker.write_records(text[], text[], boolean[], bytea[], text[], text[], text[], integer[], bigint[])
+  SET pgbroker.writer = 'replica';
+
+CREATE TRIGGER records_encode_insert BEFORE INSERT ON pgbroker.records
+  FOR EACH ROW WHEN (NEW.payload IS NULL AND NEW.data IS NOT NULL)
+  EXECUTE FUNCTION pgbroker.encode_record();
+CREATE TRIGGER records_encode_update BEFORE UPDATE OF data ON pgbroker.records
+  FOR EACH ROW WHEN ((NEW.payload IS NULL OR NEW.payload = OLD.payload) AND NEW.data IS DISTINCT FROM OLD.data
+                     AND coalesce(current_setting('pgbroker.writer', true), '') = '')
+  EXECUTE FUNCTION pgbroker.encode_record();
+CREATE TRIGGER records_unstamp BEFORE UPDATE OF data ON pgbroker.records
+  FOR EACH ROW WHEN (NEW.payload = OLD.payload AND current_setting('pgbroker.writer', true) = 'projector')
+  EXECUTE FUNCTION pgbroker.keep_version();
+
+CREATE FUNCTION pgbroker.project_records(
+  types text[], ids text[], versions bigint[], projections text[], search_texts text[], index_cidrs text[]) RETURNS bigint
+  LANGUAGE plpgsql
+  SET pgbroker.writer = 'projector' SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+  AS $$
+DECLARE
+  projected bigint;
+BEGIN
+  UPDATE pgbroker.records AS r
+    SET data = nullif(i.data, '')::jsonb, search_text = nullif(i.search_text, ''), index_cidr = nullif(i.index_cidr, '')::inet
+    FROM unnest(types, ids, versions, projections, search_texts, index_cidrs) AS i (type, id, version, data, search_text, index_cidr)
+    WHERE r.type = i.type AND r.id = i.id AND r.version = i.version;
+  GET DIAGNOSTICS projected = ROW_COUNT;
+  RETURN projected;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.project_records(text[], text[], bigint[], text[], text[], text[]) IS
+  'Sets the projections of records, given as parallel arrays, that still have the given versions, and returns how many. '
+  'The records count as unchanged. Empty text stands for NULL.';
+
+-- ---------------------------------------------------------------------------------------------
+-- All records of a type at once
+-- ---------------------------------------------------------------------------------------------
+
+CREATE FUNCTION pgbroker.stage_records() RETURNS void
+  LANGUAGE plpgsql AS $$
+BEGIN
+  IF to_regclass('pg_temp.staged_records') IS NULL THEN
+    CREATE TEMP TABLE staged_records (
+      id          text COLLATE "C" PRIMARY KEY,
+      data        jsonb NOT NULL,
+      -- What data become. Whoever has encoded and projected them already says so here.
+      payload     bytea,
+      search_text text,
+      index_cidr  inet
+    );
+    CREATE TEMP TABLE staged_differences (
+      position    bigint GENERATED ALWAYS AS IDENTITY UNIQUE, -- in the order of which they are written
+      id          text COLLATE "C" PRIMARY KEY,
+      version     bigint, -- of the stored record; NULL if there is none
+      payload     bytea,
+      data        jsonb, -- NULL if the record is to go
+      search_text text,
+      index_cidr  inet
+    );
+    CREATE TEMP TABLE staged_progress (
+      type text COLLATE "C", server_version bigint, record_version bigint, written_position bigint, remaining bigint);
+  ELSE
+    TRUNCATE pg_temp.staged_records, pg_temp.staged_differences, pg_temp.staged_progress;
+  END IF;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.stage_records() IS
+  'Makes the temporary table staged_records (id, data), or empties it: fill it, with COPY or INSERT, for replace_records.';
+
+CREATE FUNCTION pgbroker.stage_records(records jsonb) RETURNS bigint
+  LANGUAGE plpgsql AS $$
+DECLARE
+  staged bigint;
+BEGIN
+  PERFORM pgbroker.stage_records();
+  INSERT INTO pg_temp.staged_records (id, data) SELECT m.key, m.value FROM jsonb_each(records) AS m;
+  GET DIAGNOSTICS staged = ROW_COUNT;
+  RETURN staged;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.stage_records(jsonb) IS 'Fills staged_records from an object {id: data}, and returns how many that are.';
+
+CREATE FUNCTION pgbroker.compare_staged(record_type text, among text[]) RETURNS void
+  LANGUAGE plpgsql AS $$
+BEGIN
+  DELETE FROM pg_temp.staged_differences d WHERE among IS NULL OR d.id = ANY (among);
+  INSERT INTO pg_temp.staged_differences (id, version, payload, data, search_text, index_cidr)
+    SELECT c.id, c.version, coalesce(c.payload, e.payload), coalesce(e.data, c.data), coalesce(c.search_text, e.search_text),
+           coalesce(c.index_cidr, e.index_cidr)
+    FROM (
+      SELECT coalesce(s.id, r.id) AS id, r.version, s.payload, s.data, s.search_text, s.index_cidr,
+             CASE WHEN r.data IS NOT NULL THEN r.payload END AS old_payload, r.data AS old_data
+      FROM (SELECT * FROM pg_temp.staged_records WHERE among IS NULL OR staged_records.id = ANY (among)) AS s
+      FULL JOIN (
+        SELECT * FROM pgbroker.records
+        WHERE records.type = record_type AND (among IS NULL OR records.id = ANY (among))
+      ) AS r ON r.id = s.id
+      WHERE s.data IS DISTINCT FROM r.data
+      OFFSET 0 -- encode only these
+    ) AS c
+    -- The same may be said in another spelling: what counts is what it becomes. The fence keeps what is encoded
+    -- already from being encoded once more.
+    LEFT JOIN LATERAL (
+      SELECT * FROM pgbroker.encode_payload(record_type, c.old_payload, c.old_data, c.data)
+      WHERE c.data IS NOT NULL AND c.payload IS NULL
+      OFFSET 0
+    ) AS e ON true
+    WHERE e.data IS DISTINCT FROM c.old_data OR c.version IS NULL OR c.payload IS NOT NULL OR c.data IS NULL
+    ORDER BY c.id;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.compare_staged(text, text[]) IS
+  'Notes which records of a type, or which among those with the given ids, differ from those staged, and what they are to be.';
+
+CREATE FUNCTION pgbroker.write_differences(
+  record_type text, after bigint, upto bigint, OUT inserted bigint, OUT updated bigint, OUT deleted bigint)
+  LANGUAGE plpgsql
+  -- By key, whatever is known of the temporary table.
+  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET pgbroker.writer = 'replica'
+  AS $$
+BEGIN
+  DELETE FROM pgbroker.records AS r USING pg_temp.staged_differences AS d
+    WHERE d.position > after AND d.position <= upto AND d.data IS NULL AND r.type = record_type AND r.id = d.id;
+  GET DIAGNOSTICS deleted = ROW_COUNT;
+  UPDATE pgbroker.records AS r
+    SET payload = d.payload, data = d.data, search_text = d.search_text, index_cidr = d.index_cidr
+    FROM pg_temp.staged_differences AS d
+    WHERE d.position > after AND d.position <= upto AND d.data IS NOT NULL AND d.version IS NOT NULL
+      AND r.type = record_type AND r.id = d.id;
+  GET DIAGNOSTICS updated = ROW_COUNT;
+  INSERT INTO pgbroker.records (type, id, payload, data, search_text, index_cidr)
+    SELECT record_type, d.id, d.payload, d.data, d.search_text, d.index_cidr
+    FROM pg_temp.staged_differences AS d
+    WHERE d.position > after AND d.position <= upto AND d.data IS NOT NULL AND d.version IS NULL
+    ORDER BY d.position;
+  GET DIAGNOSTICS inserted = ROW_COUNT;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.write_differences(text, bigint, bigint) IS 'Writes some of the differences that compare_staged has noted.';
+
+CREATE FUNCTION pgbroker.replace_records(
+  record_type text, max_changes bigint DEFAULT NULL, allow_empty boolean DEFAULT false,
+  OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT remaining bigint)
+  LANGUAGE plpgsql AS $$
+DECLARE
+  progress record;
+  present  record;
+  changed  text[];
+  done     record;
+  last     bigint;
+  again    boolean := false;
+BEGIN
+  IF to_regclass('pg_temp.staged_records') IS NULL THEN
+    RAISE EXCEPTION 'nothing is staged in this session' USING ERRCODE = 'object_not_in_prerequisite_state',
+      HINT = 'Call pgbroker.stage_records(), and fill the table staged_records.';
+  END IF;
+  IF NOT allow_empty AND NOT EXISTS (SELECT FROM pg_temp.staged_records) THEN
+    RAISE EXCEPTION 'staged_records is empty: every record of type % would be deleted', quote_literal(record_type)
+      USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'If that is meant, pass allow_empty => true.';
+  END IF;
+
+  -- Nobody waits while all is compared.
+  SELECT * INTO progress FROM pg_temp.staged_progress;
+  SELECT s.server_version, q.last_value - (NOT q.is_called)::integer AS record_version INTO present
+    FROM pgbroker.state s, pgbroker.record_version q;
+  IF progress.type IS DISTINCT FROM record_type OR progress.server_version IS DISTINCT FROM present.server_version THEN
+    TRUNCATE pg_temp.staged_progress;
+    ANALYZE pg_temp.staged_records;
+    PERFORM pgbroker.compare_staged(record_type, NULL);
+    -- The version before the comparison: what comes later is compared again, under the order lock.
+    INSERT INTO pg_temp.staged_progress
+      SELECT record_type, present.server_version, present.record_version, coalesce(min(d.position), 1) - 1, count(*)
+      FROM pg_temp.staged_differences d;
+    ANALYZE pg_temp.staged_differences;
+  END IF;
+
+  -- In the order of Clear, which holds the table when it asks for the order lock.
+  LOCK TABLE pgbroker.records IN ROW EXCLUSIVE MODE;
+  PERFORM pgbroker.lock_order();
+  SELECT * INTO progress FROM pg_temp.staged_progress;
+  IF progress.server_version <> (SELECT s.server_version FROM pgbroker.state s) THEN
+    PERFORM pgbroker.compare_staged(record_type, NULL); -- cleared in between
+    again := true;
+  ELSE
+    changed := ARRAY(SELECT DISTINCT c.id FROM pgbroker.changes c WHERE c.version > progress.record_version AND c.type = record_type);
+    IF changed <> '{}' THEN
+      PERFORM pgbroker.compare_staged(record_type, changed);
+      again := true;
+    END IF;
+  END IF;
+  IF again THEN
+    progress.remaining := (SELECT count(*) FROM pg_temp.staged_differences d WHERE d.position > progress.written_position);
+  END IF;
+
+  SELECT coalesce(max(b.position), progress.written_position), progress.remaining - count(*) INTO last, remaining
+    FROM (SELECT d.position FROM pg_temp.staged_differences d WHERE d.position > progress.written_position
+          ORDER BY d.position LIMIT max_changes) AS b;
+  SELECT * INTO done FROM pgbroker.write_differences(record_type, progress.written_position, last);
+  inserted := done.inserted;
+  updated := done.updated;
+  deleted := done.deleted;
+  UPDATE pg_temp.staged_progress AS p
+    SET server_version = (SELECT s.server_version FROM pgbroker.state s),
+        record_version = (SELECT q.last_value - (NOT q.is_called)::integer FROM pgbroker.record_version q),
+        written_position = last, remaining = replace_records.remaining;
+  IF remaining = 0 THEN
+    PERFORM pgbroker.stage_records();
+  END IF;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.replace_records(text, bigint, boolean) IS
+  'Makes the records of a type those of staged_records, writing only what differs, and returns how many it has inserted, '
+  'updated and deleted. With max_changes it writes so many at most: call it again, in a transaction of its own, until '
+  'none remain, and others get their turn in between. An empty set is refused unless allow_empty says that it is meant.';
+
+-- ---------------------------------------------------------------------------------------------
+-- Views of users' own types
+-- ---------------------------------------------------------------------------------------------
+
+CREATE FUNCTION pgbroker.view_column(expression text, kind text, form text, filled boolean) RETURNS text
+  LANGUAGE sql IMMUTABLE
+  RETURN CASE
+    WHEN form = 'timestamp' THEN format('(%s)::timestamptz', replace(expression, '->', '->>'))
+    WHEN form = 'duration' THEN format('(%s)::interval', replace(expression, '->', '->>'))
+    WHEN form = 'field_mask' OR kind IN ('string', 'enum') THEN replace(expression, '->', '->>')
+    WHEN kind = 'bytes' THEN format('decode(%s, ''base64'')', replace(expression, '->', '->>'))
+    WHEN kind IN ('message', 'group') THEN expression
+    ELSE format(CASE WHEN filled THEN 'coalesce((%s)::%s, %s)' ELSE '(%s)::%s' END, replace(expression, '->', '->>'),
+      CASE
+        WHEN kind = 'bool' THEN 'boolean'
+        WHEN kind IN ('int32', 'sint32', 'sfixed32') THEN 'integer'
+        WHEN kind IN ('int64', 'sint64', 'sfixed64', 'uint32', 'fixed32') THEN 'bigint'
+        WHEN kind = 'float' THEN 'real'
+        WHEN kind = 'double' THEN 'double precision'
+        ELSE 'numeric' END,
+      CASE kind WHEN 'bool' THEN 'false' ELSE '0' END) END;
+COMMENT ON FUNCTION pgbroker.view_column(text, text, text, boolean) IS 'A field of a projection as a column with a type.';
+
+CREATE FUNCTION pgbroker.view_definition(record_type text, message text DEFAULT NULL, view_name text DEFAULT NULL) RETURNS text
+  LANGUAGE plpgsql STABLE AS $$
+DECLARE
+  of_type text := message;
+  columns text;
+BEGIN
+  IF of_type IS NULL AND record_type NOT LIKE '%/%' AND EXISTS (SELECT FROM pgbroker.messages m WHERE m.message = record_type) THEN
+    of_type := record_type;
+    record_type := 'type.googleapis.com/' || record_type;
+  END IF;
+  of_type := coalesce(of_type, substring(record_type FROM '^type\.googleapis\.com/(.*)$'), 'google.protobuf.Struct');
+  view_name := coalesce(view_name,
+    lower(regexp_replace(regexp_replace(record_type, '^.*[/.]', ''), '([a-z0-9])([A-Z])', '\1_\2', 'g')));
+
+  IF of_type = 'google.protobuf.Struct' THEN
+    -- What some of the records have.
+    SELECT string_agg(format('    %s AS %I', CASE
+        WHEN k.kinds = '{string}' THEN format('r.data ->> %L', k.key)
+        WHEN k.kinds = '{number}' THEN format('(r.data ->> %L)::numeric', k.key)
+        WHEN k.kinds = '{boolean}' THEN format('(r.data ->> %L)::boolean', k.key)
+        ELSE format('r.data -> %L', k.key) END,
+      CASE WHEN k.key IN ('version', 'modified_at') THEN 'data_' || k.key ELSE k.key END) || E',\n', '' ORDER BY k.key)
+    INTO columns
+    FROM (
+      SELECT f.key, array_agg(DISTINCT jsonb_typeof(f.value)) FILTER (WHERE f.value <> 'null') AS kinds
+      FROM (SELECT r.data FROM pgbroker.records r WHERE r.type = record_type AND jsonb_typeof(r.data) = 'object' LIMIT 10000) AS sample,
+        jsonb_each(sample.data) AS f
+      WHERE f.key NOT IN ('', 'id')
+      GROUP BY f.key
+    ) AS k;
+    IF columns IS NULL THEN
+      RAISE EXCEPTION 'there is no record of type % to learn the fields from', quote_literal(record_type)
+        USING ERRCODE = 'no_data_found', HINT = 'Write one first, or name a message whose fields it has.';
+    END IF;
+  ELSE
+    IF NOT EXISTS (SELECT FROM pgbroker.messages m WHERE m.message = of_type AND m.form = 'object') THEN
+      RAISE EXCEPTION 'the message % is not known, or has no fields', quote_literal(of_type)
+        USING ERRCODE = 'undefined_object', HINT = 'Add it with `pgbroker schema add`.';
+    END IF;
+    SELECT coalesce(string_agg(format('    %s AS %I', CASE
+        WHEN f.label IN ('repeated', 'packed', 'map') THEN format('r.data -> %L', f.name)
+        WHEN m.form = 'wrapper' THEN pgbroker.view_column(format('r.data -> %L', f.name), w.kind, NULL, false)
+        ELSE pgbroker.view_column(format('r.data -> %L', f.name), f.kind, m.form, f.label = 'single') END,
+      CASE WHEN f.name IN ('version', 'modified_at') THEN 'data_' || f.name ELSE f.name END) || E',\n', '' ORDER BY f.number), '')
+    INTO columns
+    FROM pgbroker.message_fields f
+    LEFT JOIN pgbroker.messages m ON m.message = f.type_name
+    LEFT JOIN pgbroker.message_fields w ON w.message = f.type_name AND w.number = 1
+    WHERE f.message = of_type AND f.name <> 'id'
+      AND NOT EXISTS (SELECT FROM pgbroker.secret_fields s WHERE s.message = f.message AND s.field = f.name);
+  END IF;
+  RETURN format(E'CREATE VIEW %I AS\n  SELECT\n    r.id,\n%s    r.version,\n    r.modified_at\n'
+      '  FROM pgbroker.records r\n  WHERE r.type = %L;\n'
+      'COMMENT ON VIEW %I IS %L;',
+    view_name, columns, record_type, view_name, 'Records of type ' || record_type || '. A DELETE is a revocation.');
+END
+$$;
+COMMENT ON FUNCTION pgbroker.view_definition(text, text, text) IS
+  'The statements that make a view of the records of a type, with a typed column for each field. The fields are those of the '
+  'message, which is by default that of the record type; of records without a message type, those that are found in them.';
