@@ -67,14 +67,14 @@ CREATE OR REPLACE FUNCTION pgbroker.begin_epoch() RETURNS void
 DECLARE
   survived bigint := (SELECT latest_version FROM pgbroker.versions);
   issued   bigint := greatest(survived, (SELECT last_value FROM pgbroker.record_version));
-  -- By the clock, at a million versions a second since 2026, which nobody reaches: above all that any other
-  -- server can have issued, also on a branch of history that this one knows nothing of, as after a restore
-  -- to a time before an earlier epoch. Fits into 53 bits for centuries.
-  first    bigint := floor(extract(epoch FROM clock_timestamp() - timestamptz '2026-01-01 00:00:00+00'))::bigint << 20;
+  -- By the clock, 2^20 versions a second since 2026, which nobody issues: above all that any other server can have
+  -- issued, also on a branch of history that this one knows nothing of, as after a restore to a time before an
+  -- earlier epoch. The fraction counts: two branches can begin within the same second. Fits into 53 bits for centuries.
+  first    bigint := floor(extract(epoch FROM clock_timestamp() - timestamptz '2026-01-01 00:00:00+00') * (1 << 20));
 BEGIN
   IF first <= issued THEN
-    -- The clock is wrong, or epochs follow each other within a second.
-    first := ((issued >> 32) + 1) << 32;
+    -- The clock is wrong: far ahead, and by chance not where another branch has gone.
+    first := issued + (1::bigint << 32) + floor(random() * (1::bigint << 32))::bigint;
   END IF;
   PERFORM setval('pgbroker.record_version', first, false);
   UPDATE pgbroker.state

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
@@ -173,6 +174,42 @@ func TestI5_RestoreToBeforeAnEpoch(t *testing.T) {
 	w.expectRefusal(second)
 	w.end(backup)
 	w.expectLoss()
+}
+
+// TestI5_EpochsOfTwoBranches begins an epoch on two branches of history that know nothing of each other, as
+// fast as it goes: their versions lie apart, in each order, and with a clock that is behind the versions too.
+func TestI5_EpochsOfTwoBranches(t *testing.T) {
+	t.Parallel()
+	branches := []*pgx.Conn{dbtest.New(t).Connect(t), dbtest.New(t).Connect(t)}
+	exec := func(conn *pgx.Conn, sql string) {
+		if _, err := conn.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const issue = `SELECT min(v), max(v) FROM (SELECT nextval('pgbroker.record_version') v FROM generate_series(1, 50)) issued`
+	var ranges [][2]int64
+	for _, ahead := range []int64{0, 1 << 52} {
+		for range 5 {
+			for _, conn := range branches {
+				if ahead > 0 {
+					exec(conn, fmt.Sprintf(`SELECT setval('pgbroker.record_version', %d)`, ahead))
+				}
+				exec(conn, `SELECT pgbroker.begin_epoch()`)
+				var r [2]int64
+				if err := conn.QueryRow(t.Context(), issue).Scan(&r[0], &r[1]); err != nil {
+					t.Fatal(err)
+				}
+				ranges = append(ranges, r)
+			}
+		}
+	}
+	for i, a := range ranges {
+		for _, b := range ranges[:i] {
+			if a[0] <= b[1] && b[0] <= a[1] {
+				t.Errorf("versions %v and %v were issued by different epochs", a, b)
+			}
+		}
+	}
 }
 
 // knowTimelines gives a server the history files of another one.
