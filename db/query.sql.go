@@ -20,7 +20,7 @@ CROSS JOIN (
   SELECT coalesce(sum(t.record_count), 0)::bigint AS total_count FROM pgbroker.record_types t
 ) n
 LEFT JOIN (
-  SELECT type, id, version, modified_at, expires_at, index_cidr, index_fields, payload, data, search_text FROM pgbroker.records ORDER BY records.type, records.id OFFSET $1::bigint LIMIT $2::bigint
+  SELECT records.type, records.id, records.version, records.modified_at, records.payload FROM pgbroker.records ORDER BY records.type, records.id OFFSET $1::bigint LIMIT $2::bigint
 ) r ON true
 ORDER BY r.type, r.id
 `
@@ -45,7 +45,8 @@ type QueryAllRow struct {
 // at least one row: without a record (version 0) if the page is empty.
 //
 // A filter is a jsonpath predicate over the projection; with_vars gives it the record's id, type and prefix
-// as variables, which is what most of its time is spent on. Matching keys are collected and counted before any payload is read.
+// as variables, which is what most of its time is spent on; the sub-select has it parsed once and not for
+// every record. Matching keys are collected and counted before any payload is read.
 // Every record of a type, or of all types; counted without a scan.
 //
 //	SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
@@ -56,7 +57,7 @@ type QueryAllRow struct {
 //	  SELECT coalesce(sum(t.record_count), 0)::bigint AS total_count FROM pgbroker.record_types t
 //	) n
 //	LEFT JOIN (
-//	  SELECT type, id, version, modified_at, expires_at, index_cidr, index_fields, payload, data, search_text FROM pgbroker.records ORDER BY records.type, records.id OFFSET $1::bigint LIMIT $2::bigint
+//	  SELECT records.type, records.id, records.version, records.modified_at, records.payload FROM pgbroker.records ORDER BY records.type, records.id OFFSET $1::bigint LIMIT $2::bigint
 //	) r ON true
 //	ORDER BY r.type, r.id
 func (q *Queries) QueryAll(ctx context.Context, arg QueryAllParams) ([]QueryAllRow, error) {
@@ -94,10 +95,11 @@ WITH matched AS MATERIALIZED (
   FROM pgbroker.records r
   WHERE r.index_fields @> ANY (($3::text[])::jsonb[])
     AND r.type = $4
-    AND ($5::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), nullif($5::text, '')::jsonpath,
+    AND ($5::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), (SELECT nullif($5::text, '')::jsonpath),
            CASE WHEN $6::boolean
              THEN jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text) ELSE '{}' END, true))
-    AND ($7::text = '' OR strpos(r.search_text, $7::text) > 0)
+    AND ($7::text = '' OR strpos((
+           SELECT t.search_text FROM pgbroker.search_texts t WHERE t.type = r.type AND t.id = r.id), $7::text) > 0)
 )
 SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
        coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
@@ -105,7 +107,7 @@ SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_cou
 FROM pgbroker.versions v
 CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
 LEFT JOIN (
-  SELECT p.type, p.id, p.version, p.modified_at, p.expires_at, p.index_cidr, p.index_fields, p.payload, p.data, p.search_text FROM (SELECT type, id FROM matched ORDER BY matched.type, matched.id OFFSET $1::bigint LIMIT $2::bigint) m
+  SELECT p.type, p.id, p.version, p.modified_at, p.payload FROM (SELECT type, id FROM matched ORDER BY matched.type, matched.id OFFSET $1::bigint LIMIT $2::bigint) m
   JOIN pgbroker.records p USING (type, id)
 ) r ON true
 ORDER BY r.type, r.id
@@ -139,10 +141,11 @@ type QueryFieldRow struct {
 //	  FROM pgbroker.records r
 //	  WHERE r.index_fields @> ANY (($3::text[])::jsonb[])
 //	    AND r.type = $4
-//	    AND ($5::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), nullif($5::text, '')::jsonpath,
+//	    AND ($5::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), (SELECT nullif($5::text, '')::jsonpath),
 //	           CASE WHEN $6::boolean
 //	             THEN jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text) ELSE '{}' END, true))
-//	    AND ($7::text = '' OR strpos(r.search_text, $7::text) > 0)
+//	    AND ($7::text = '' OR strpos((
+//	           SELECT t.search_text FROM pgbroker.search_texts t WHERE t.type = r.type AND t.id = r.id), $7::text) > 0)
 //	)
 //	SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
 //	       coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
@@ -150,7 +153,7 @@ type QueryFieldRow struct {
 //	FROM pgbroker.versions v
 //	CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
 //	LEFT JOIN (
-//	  SELECT p.type, p.id, p.version, p.modified_at, p.expires_at, p.index_cidr, p.index_fields, p.payload, p.data, p.search_text FROM (SELECT type, id FROM matched ORDER BY matched.type, matched.id OFFSET $1::bigint LIMIT $2::bigint) m
+//	  SELECT p.type, p.id, p.version, p.modified_at, p.payload FROM (SELECT type, id FROM matched ORDER BY matched.type, matched.id OFFSET $1::bigint LIMIT $2::bigint) m
 //	  JOIN pgbroker.records p USING (type, id)
 //	) r ON true
 //	ORDER BY r.type, r.id
@@ -272,10 +275,11 @@ matched AS MATERIALIZED (
   SELECT r.type, r.id
   FROM candidates
   JOIN pgbroker.records r USING (type, id)
-  WHERE ($6::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), nullif($6::text, '')::jsonpath,
+  WHERE ($6::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), (SELECT nullif($6::text, '')::jsonpath),
            CASE WHEN $7::boolean
              THEN jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text) ELSE '{}' END, true))
-    AND ($8::text = '' OR strpos(r.search_text, $8::text) > 0)
+    AND ($8::text = '' OR strpos((
+           SELECT t.search_text FROM pgbroker.search_texts t WHERE t.type = r.type AND t.id = r.id), $8::text) > 0)
 )
 SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
        coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
@@ -283,7 +287,7 @@ SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_cou
 FROM pgbroker.versions v
 CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
 LEFT JOIN (
-  SELECT p.type, p.id, p.version, p.modified_at, p.expires_at, p.index_cidr, p.index_fields, p.payload, p.data, p.search_text FROM (SELECT type, id FROM matched ORDER BY matched.type, matched.id OFFSET $1::bigint LIMIT $2::bigint) m
+  SELECT p.type, p.id, p.version, p.modified_at, p.payload FROM (SELECT type, id FROM matched ORDER BY matched.type, matched.id OFFSET $1::bigint LIMIT $2::bigint) m
   JOIN pgbroker.records p USING (type, id)
 ) r ON true
 ORDER BY r.type, r.id
@@ -332,10 +336,11 @@ type QueryKeysRow struct {
 //	  SELECT r.type, r.id
 //	  FROM candidates
 //	  JOIN pgbroker.records r USING (type, id)
-//	  WHERE ($6::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), nullif($6::text, '')::jsonpath,
+//	  WHERE ($6::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), (SELECT nullif($6::text, '')::jsonpath),
 //	           CASE WHEN $7::boolean
 //	             THEN jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text) ELSE '{}' END, true))
-//	    AND ($8::text = '' OR strpos(r.search_text, $8::text) > 0)
+//	    AND ($8::text = '' OR strpos((
+//	           SELECT t.search_text FROM pgbroker.search_texts t WHERE t.type = r.type AND t.id = r.id), $8::text) > 0)
 //	)
 //	SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
 //	       coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
@@ -343,7 +348,7 @@ type QueryKeysRow struct {
 //	FROM pgbroker.versions v
 //	CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
 //	LEFT JOIN (
-//	  SELECT p.type, p.id, p.version, p.modified_at, p.expires_at, p.index_cidr, p.index_fields, p.payload, p.data, p.search_text FROM (SELECT type, id FROM matched ORDER BY matched.type, matched.id OFFSET $1::bigint LIMIT $2::bigint) m
+//	  SELECT p.type, p.id, p.version, p.modified_at, p.payload FROM (SELECT type, id FROM matched ORDER BY matched.type, matched.id OFFSET $1::bigint LIMIT $2::bigint) m
 //	  JOIN pgbroker.records p USING (type, id)
 //	) r ON true
 //	ORDER BY r.type, r.id
@@ -390,10 +395,9 @@ WITH matched AS MATERIALIZED (
   SELECT r.type, r.id
   FROM pgbroker.records r
   WHERE ($3::text = '' OR r.type = $3::text)
-    AND ($4::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), nullif($4::text, '')::jsonpath,
+    AND jsonb_path_match(coalesce(r.data, '{}'), (SELECT ($4::text)::jsonpath),
            CASE WHEN $5::boolean
-             THEN jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text) ELSE '{}' END, true))
-    AND ($6::text = '' OR strpos(r.search_text, $6::text) > 0)
+             THEN jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text) ELSE '{}' END, true)
 )
 SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
        coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
@@ -401,7 +405,7 @@ SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_cou
 FROM pgbroker.versions v
 CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
 LEFT JOIN (
-  SELECT p.type, p.id, p.version, p.modified_at, p.expires_at, p.index_cidr, p.index_fields, p.payload, p.data, p.search_text FROM (SELECT type, id FROM matched ORDER BY matched.type, matched.id OFFSET $1::bigint LIMIT $2::bigint) m
+  SELECT p.type, p.id, p.version, p.modified_at, p.payload FROM (SELECT type, id FROM matched ORDER BY matched.type, matched.id OFFSET $1::bigint LIMIT $2::bigint) m
   JOIN pgbroker.records p USING (type, id)
 ) r ON true
 ORDER BY r.type, r.id
@@ -413,7 +417,6 @@ type QueryScanParams struct {
 	Type     string
 	Filter   string
 	WithVars bool
-	Search   string
 }
 
 type QueryScanRow struct {
@@ -427,16 +430,15 @@ type QueryScanRow struct {
 	Payload       []byte
 }
 
-// Records that match a filter or a text, found by reading every record of the type, or of all types.
+// Records that match a filter, found by reading every record of the type, or of all types.
 //
 //	WITH matched AS MATERIALIZED (
 //	  SELECT r.type, r.id
 //	  FROM pgbroker.records r
 //	  WHERE ($3::text = '' OR r.type = $3::text)
-//	    AND ($4::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), nullif($4::text, '')::jsonpath,
+//	    AND jsonb_path_match(coalesce(r.data, '{}'), (SELECT ($4::text)::jsonpath),
 //	           CASE WHEN $5::boolean
-//	             THEN jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text) ELSE '{}' END, true))
-//	    AND ($6::text = '' OR strpos(r.search_text, $6::text) > 0)
+//	             THEN jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text) ELSE '{}' END, true)
 //	)
 //	SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
 //	       coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
@@ -444,7 +446,7 @@ type QueryScanRow struct {
 //	FROM pgbroker.versions v
 //	CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
 //	LEFT JOIN (
-//	  SELECT p.type, p.id, p.version, p.modified_at, p.expires_at, p.index_cidr, p.index_fields, p.payload, p.data, p.search_text FROM (SELECT type, id FROM matched ORDER BY matched.type, matched.id OFFSET $1::bigint LIMIT $2::bigint) m
+//	  SELECT p.type, p.id, p.version, p.modified_at, p.payload FROM (SELECT type, id FROM matched ORDER BY matched.type, matched.id OFFSET $1::bigint LIMIT $2::bigint) m
 //	  JOIN pgbroker.records p USING (type, id)
 //	) r ON true
 //	ORDER BY r.type, r.id
@@ -455,7 +457,6 @@ func (q *Queries) QueryScan(ctx context.Context, arg QueryScanParams) ([]QuerySc
 		arg.Type,
 		arg.Filter,
 		arg.WithVars,
-		arg.Search,
 	)
 	if err != nil {
 		return nil, err
@@ -464,6 +465,111 @@ func (q *Queries) QueryScan(ctx context.Context, arg QueryScanParams) ([]QuerySc
 	var items []QueryScanRow
 	for rows.Next() {
 		var i QueryScanRow
+		if err := rows.Scan(
+			&i.ServerVersion,
+			&i.RecordVersion,
+			&i.TotalCount,
+			&i.Type,
+			&i.ID,
+			&i.Version,
+			&i.ModifiedAt,
+			&i.Payload,
+		); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
+}
+
+const queryText = `-- name: QueryText :many
+WITH matched AS MATERIALIZED (
+  SELECT t.type, t.id
+  FROM pgbroker.search_texts t
+  WHERE ($3::text = '' OR t.type = $3::text)
+    AND strpos(t.search_text, $4::text) > 0
+    AND ($5::text = '' OR (
+           SELECT jsonb_path_match(coalesce(r.data, '{}'), (SELECT nullif($5::text, '')::jsonpath),
+             CASE WHEN $6::boolean
+               THEN jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text) ELSE '{}' END, true)
+           FROM pgbroker.records r
+           WHERE r.type = t.type AND r.id = t.id))
+)
+SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
+       coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
+       coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
+FROM pgbroker.versions v
+CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
+LEFT JOIN (
+  SELECT p.type, p.id, p.version, p.modified_at, p.payload FROM (SELECT type, id FROM matched ORDER BY matched.type, matched.id OFFSET $1::bigint LIMIT $2::bigint) m
+  JOIN pgbroker.records p USING (type, id)
+) r ON true
+ORDER BY r.type, r.id
+`
+
+type QueryTextParams struct {
+	Skip     int64
+	MaxRows  int64
+	Type     string
+	Search   string
+	Filter   string
+	WithVars bool
+}
+
+type QueryTextRow struct {
+	ServerVersion int64
+	RecordVersion int64
+	TotalCount    int64
+	Type          string
+	ID            string
+	Version       int64
+	ModifiedAt    time.Time
+	Payload       []byte
+}
+
+// Records that match a text, and perhaps a filter, found by reading every text of the type, or of all types.
+//
+//	WITH matched AS MATERIALIZED (
+//	  SELECT t.type, t.id
+//	  FROM pgbroker.search_texts t
+//	  WHERE ($3::text = '' OR t.type = $3::text)
+//	    AND strpos(t.search_text, $4::text) > 0
+//	    AND ($5::text = '' OR (
+//	           SELECT jsonb_path_match(coalesce(r.data, '{}'), (SELECT nullif($5::text, '')::jsonpath),
+//	             CASE WHEN $6::boolean
+//	               THEN jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text) ELSE '{}' END, true)
+//	           FROM pgbroker.records r
+//	           WHERE r.type = t.type AND r.id = t.id))
+//	)
+//	SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
+//	       coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
+//	       coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
+//	FROM pgbroker.versions v
+//	CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
+//	LEFT JOIN (
+//	  SELECT p.type, p.id, p.version, p.modified_at, p.payload FROM (SELECT type, id FROM matched ORDER BY matched.type, matched.id OFFSET $1::bigint LIMIT $2::bigint) m
+//	  JOIN pgbroker.records p USING (type, id)
+//	) r ON true
+//	ORDER BY r.type, r.id
+func (q *Queries) QueryText(ctx context.Context, arg QueryTextParams) ([]QueryTextRow, error) {
+	rows, err := q.db.Query(ctx, queryText,
+		arg.Skip,
+		arg.MaxRows,
+		arg.Type,
+		arg.Search,
+		arg.Filter,
+		arg.WithVars,
+	)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []QueryTextRow
+	for rows.Next() {
+		var i QueryTextRow
 		if err := rows.Scan(
 			&i.ServerVersion,
 			&i.RecordVersion,
@@ -493,7 +599,7 @@ CROSS JOIN (
   SELECT coalesce(sum(t.record_count), 0)::bigint AS total_count FROM pgbroker.record_types t WHERE t.type = $1
 ) n
 LEFT JOIN (
-  SELECT type, id, version, modified_at, expires_at, index_cidr, index_fields, payload, data, search_text FROM pgbroker.records WHERE records.type = $1 ORDER BY records.id OFFSET $2::bigint LIMIT $3::bigint
+  SELECT records.type, records.id, records.version, records.modified_at, records.payload FROM pgbroker.records WHERE records.type = $1 ORDER BY records.id OFFSET $2::bigint LIMIT $3::bigint
 ) r ON true
 ORDER BY r.id
 `
@@ -525,7 +631,7 @@ type QueryTypeRow struct {
 //	  SELECT coalesce(sum(t.record_count), 0)::bigint AS total_count FROM pgbroker.record_types t WHERE t.type = $1
 //	) n
 //	LEFT JOIN (
-//	  SELECT type, id, version, modified_at, expires_at, index_cidr, index_fields, payload, data, search_text FROM pgbroker.records WHERE records.type = $1 ORDER BY records.id OFFSET $2::bigint LIMIT $3::bigint
+//	  SELECT records.type, records.id, records.version, records.modified_at, records.payload FROM pgbroker.records WHERE records.type = $1 ORDER BY records.id OFFSET $2::bigint LIMIT $3::bigint
 //	) r ON true
 //	ORDER BY r.id
 func (q *Queries) QueryType(ctx context.Context, arg QueryTypeParams) ([]QueryTypeRow, error) {

@@ -138,7 +138,7 @@ ranked AS (
   CROSS JOIN owners o
   -- The fence keeps the planner from joining the whole table.
   CROSS JOIN LATERAL (
-    SELECT type, id, version, modified_at, expires_at, index_cidr, index_fields, payload, data, search_text FROM pgbroker.records
+    SELECT records.id, records.version, records.data FROM pgbroker.records
     WHERE records.type = $2 AND records.index_fields @> jsonb_build_object('user_id', o.user_id) OFFSET 0
   ) r
   WHERE t.type = $2
@@ -185,7 +185,7 @@ type RecordsExcessRow struct {
 //	  CROSS JOIN owners o
 //	  -- The fence keeps the planner from joining the whole table.
 //	  CROSS JOIN LATERAL (
-//	    SELECT type, id, version, modified_at, expires_at, index_cidr, index_fields, payload, data, search_text FROM pgbroker.records
+//	    SELECT records.id, records.version, records.data FROM pgbroker.records
 //	    WHERE records.type = $2 AND records.index_fields @> jsonb_build_object('user_id', o.user_id) OFFSET 0
 //	  ) r
 //	  WHERE t.type = $2
@@ -300,7 +300,7 @@ FROM (
            < clock_timestamp() - t.idle_timeout AS idle
   FROM pgbroker.record_types t
   CROSS JOIN LATERAL (
-    SELECT type, id, version, modified_at, expires_at, index_cidr, index_fields, payload, data, search_text FROM pgbroker.records
+    SELECT records.id, records.version, records.modified_at, records.data FROM pgbroker.records
     WHERE records.type = $1 AND records.id > $2::text
     ORDER BY records.id LIMIT $3
   ) r
@@ -333,7 +333,7 @@ type RecordsIdleRow struct {
 //	           < clock_timestamp() - t.idle_timeout AS idle
 //	  FROM pgbroker.record_types t
 //	  CROSS JOIN LATERAL (
-//	    SELECT type, id, version, modified_at, expires_at, index_cidr, index_fields, payload, data, search_text FROM pgbroker.records
+//	    SELECT records.id, records.version, records.modified_at, records.data FROM pgbroker.records
 //	    WHERE records.type = $1 AND records.id > $2::text
 //	    ORDER BY records.id LIMIT $3
 //	  ) r
@@ -369,7 +369,7 @@ FROM (
   SELECT r.type, r.id, r.version, r.modified_at, r.payload,
          sum(octet_length(r.payload)) OVER (ORDER BY r.type, r.id) - octet_length(r.payload) AS bytes_before
   FROM (
-    SELECT type, id, version, modified_at, expires_at, index_cidr, index_fields, payload, data, search_text FROM pgbroker.records
+    SELECT records.type, records.id, records.version, records.modified_at, records.payload FROM pgbroker.records
     WHERE (records.type, records.id) >= ($1::text, $2::text)
     ORDER BY records.type, records.id LIMIT $3
   ) r
@@ -401,7 +401,7 @@ type RecordsPageRow struct {
 //	  SELECT r.type, r.id, r.version, r.modified_at, r.payload,
 //	         sum(octet_length(r.payload)) OVER (ORDER BY r.type, r.id) - octet_length(r.payload) AS bytes_before
 //	  FROM (
-//	    SELECT type, id, version, modified_at, expires_at, index_cidr, index_fields, payload, data, search_text FROM pgbroker.records
+//	    SELECT records.type, records.id, records.version, records.modified_at, records.payload FROM pgbroker.records
 //	    WHERE (records.type, records.id) >= ($1::text, $2::text)
 //	    ORDER BY records.type, records.id LIMIT $3
 //	  ) r
@@ -445,7 +445,7 @@ FROM (
   SELECT r.type, r.id, r.version, r.modified_at, r.payload,
          sum(octet_length(r.payload)) OVER (ORDER BY r.id) - octet_length(r.payload) AS bytes_before
   FROM (
-    SELECT type, id, version, modified_at, expires_at, index_cidr, index_fields, payload, data, search_text FROM pgbroker.records
+    SELECT records.type, records.id, records.version, records.modified_at, records.payload FROM pgbroker.records
     WHERE records.type = $1 AND records.id >= $2::text
     ORDER BY records.id LIMIT $3
   ) r
@@ -476,7 +476,7 @@ type RecordsPageOfTypeRow struct {
 //	  SELECT r.type, r.id, r.version, r.modified_at, r.payload,
 //	         sum(octet_length(r.payload)) OVER (ORDER BY r.id) - octet_length(r.payload) AS bytes_before
 //	  FROM (
-//	    SELECT type, id, version, modified_at, expires_at, index_cidr, index_fields, payload, data, search_text FROM pgbroker.records
+//	    SELECT records.type, records.id, records.version, records.modified_at, records.payload FROM pgbroker.records
 //	    WHERE records.type = $1 AND records.id >= $2::text
 //	    ORDER BY records.id LIMIT $3
 //	  ) r

@@ -195,8 +195,9 @@ FROM ROWS FROM (
   unnest($5::text[]), unnest($6::text[])
 ) WITH ORDINALITY AS i (type, id, version, data, search_text, index_cidr, position)
 JOIN pgbroker.records r ON r.type = i.type AND r.id = i.id AND r.version = i.version
+LEFT JOIN pgbroker.search_texts t ON t.type = i.type AND t.id = i.id
 WHERE r.data IS DISTINCT FROM nullif(i.data, '')::jsonb
-   OR r.search_text IS DISTINCT FROM nullif(i.search_text, '')
+   OR coalesce(t.search_text, '') <> i.search_text
    OR r.index_cidr IS DISTINCT FROM nullif(i.index_cidr, '')::inet
 `
 
@@ -217,8 +218,9 @@ type RecordsMisprojectedParams struct {
 //	  unnest($5::text[]), unnest($6::text[])
 //	) WITH ORDINALITY AS i (type, id, version, data, search_text, index_cidr, position)
 //	JOIN pgbroker.records r ON r.type = i.type AND r.id = i.id AND r.version = i.version
+//	LEFT JOIN pgbroker.search_texts t ON t.type = i.type AND t.id = i.id
 //	WHERE r.data IS DISTINCT FROM nullif(i.data, '')::jsonb
-//	   OR r.search_text IS DISTINCT FROM nullif(i.search_text, '')
+//	   OR coalesce(t.search_text, '') <> i.search_text
 //	   OR r.index_cidr IS DISTINCT FROM nullif(i.index_cidr, '')::inet
 func (q *Queries) RecordsMisprojected(ctx context.Context, arg RecordsMisprojectedParams) ([]int32, error) {
 	rows, err := q.db.Query(ctx, recordsMisprojected,
@@ -285,7 +287,7 @@ FROM (
   SELECT r.type, r.id, r.version, r.payload,
          sum(octet_length(r.payload)) OVER (ORDER BY r.id) - octet_length(r.payload) AS bytes_before
   FROM (
-    SELECT type, id, version, modified_at, expires_at, index_cidr, index_fields, payload, data, search_text FROM pgbroker.records
+    SELECT records.type, records.id, records.version, records.payload FROM pgbroker.records
     WHERE records.type = $1 AND records.id >= $2::text
     ORDER BY records.id LIMIT $3
   ) r
@@ -315,7 +317,7 @@ type RecordsToProjectRow struct {
 //	  SELECT r.type, r.id, r.version, r.payload,
 //	         sum(octet_length(r.payload)) OVER (ORDER BY r.id) - octet_length(r.payload) AS bytes_before
 //	  FROM (
-//	    SELECT type, id, version, modified_at, expires_at, index_cidr, index_fields, payload, data, search_text FROM pgbroker.records
+//	    SELECT records.type, records.id, records.version, records.payload FROM pgbroker.records
 //	    WHERE records.type = $1 AND records.id >= $2::text
 //	    ORDER BY records.id LIMIT $3
 //	  ) r

@@ -69,6 +69,44 @@ BEGIN
 END
 $$;
 
+CREATE OR REPLACE FUNCTION pgbroker.log_deletes() RETURNS trigger
+  LANGUAGE plpgsql AS $$
+DECLARE
+  superseded bigint[] := ARRAY(SELECT version FROM old_rows);
+BEGIN
+  IF superseded = '{}' THEN
+    RETURN NULL;
+  END IF;
+  DELETE FROM pgbroker.changes WHERE version = ANY (superseded);
+  INSERT INTO pgbroker.changes (version, type, id, changed_at, deleted)
+    SELECT nextval('pgbroker.record_version'), type, id, clock_timestamp(), true FROM old_rows;
+  UPDATE pgbroker.record_types t
+    SET record_count = t.record_count - gone.n
+    FROM (SELECT type, count(*) AS n FROM old_rows GROUP BY type) AS gone
+    WHERE t.type = gone.type;
+  PERFORM pg_notify('pgbroker_changes', '');
+  RETURN NULL;
+END
+$$;
+
+CREATE OR REPLACE FUNCTION pgbroker.forget_everything() RETURNS trigger
+  LANGUAGE plpgsql AS $$
+BEGIN
+  UPDATE pgbroker.state
+    SET server_version = pgbroker.random_server_version(),
+        base_version = nextval('pgbroker.record_version'),
+        options_version = options_version + 1;
+  -- Not TRUNCATE: readers lock the log before they lock the records, which we hold.
+  DELETE FROM pgbroker.changes;
+  DELETE FROM pgbroker.record_types WHERE NOT builtin;
+  UPDATE pgbroker.record_types SET record_count = 0, purged_version = 0;
+  PERFORM pgbroker.install_builtin_options();
+  UPDATE pgbroker.checkpoint SET server_version = 0, record_version = 0;
+  PERFORM pg_notify('pgbroker_changes', '');
+  RETURN NULL;
+END
+$$;
+
 CREATE OR REPLACE FUNCTION pgbroker.write_records(
   types        text[],
   ids          text[],
@@ -151,11 +189,22 @@ $$;
 DROP FUNCTION pgbroker.check_epoch();
 ALTER TABLE pgbroker.state DROP COLUMN server_started;
 
+-- Put back without being written: nothing of the record has changed.
+ALTER TABLE pgbroker.records DISABLE TRIGGER USER;
+UPDATE pgbroker.records r SET search_text = t.search_text
+  FROM pgbroker.search_texts t WHERE t.type = r.type AND t.id = r.id;
+ALTER TABLE pgbroker.records ENABLE TRIGGER USER;
+DROP FUNCTION pgbroker.put_search_texts(text[], text[], text[]);
+DROP TABLE pgbroker.search_texts;
+COMMENT ON COLUMN pgbroker.records.search_text IS 'Lower-case text of the payload''s string fields without secrets, for text queries.';
+
 -- Rows that are compressed stay so until they are written again; that does no harm.
+ALTER TABLE pgbroker.records SET (fillfactor = 70, toast_tuple_target = 4080);
 ALTER TABLE pgbroker.records
   ALTER COLUMN type SET STORAGE EXTENDED,
   ALTER COLUMN id SET STORAGE EXTENDED,
   ALTER COLUMN index_fields SET STORAGE EXTENDED,
+  ALTER COLUMN payload SET STORAGE EXTENDED,
+  ALTER COLUMN data SET STORAGE EXTENDED,
   ALTER COLUMN payload SET COMPRESSION default,
-  ALTER COLUMN data SET COMPRESSION default,
-  ALTER COLUMN search_text SET COMPRESSION default;
+  ALTER COLUMN data SET COMPRESSION default;

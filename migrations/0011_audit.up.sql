@@ -227,13 +227,14 @@ BEGIN
     RETURN NEXT format('GRANT DELETE ON %s TO %I;', deletable, writer);
     -- Whoever writes a payload need not be able to read it back.
     RETURN NEXT format(
-      'GRANT SELECT (%s), INSERT (type, id, payload, data, search_text, index_cidr), '
-      'UPDATE (payload, data, search_text, index_cidr), DELETE ON pgbroker.records TO %I;',
+      'GRANT SELECT (%s), INSERT (type, id, payload, data, index_cidr), '
+      'UPDATE (payload, data, index_cidr), DELETE ON pgbroker.records TO %I;',
       (SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) FROM pg_attribute a
        WHERE a.attrelid = 'pgbroker.records'::regclass AND a.attnum > 0 AND NOT a.attisdropped AND a.attname <> 'payload'),
       writer);
     RETURN NEXT format('GRANT SELECT (type, projected_fields, expiry_field) ON pgbroker.record_types TO %I;', writer);
     RETURN NEXT format('GRANT USAGE ON SEQUENCE pgbroker.record_version TO %I;', writer);
+    RETURN NEXT format('GRANT EXECUTE ON FUNCTION pgbroker.put_search_texts(text[], text[], text[]) TO %I;', writer);
   END IF;
 
   IF server <> '' THEN
@@ -246,6 +247,7 @@ BEGIN
                WHEN 'checkpoint'        THEN 'SELECT, UPDATE'
                WHEN 'changes'           THEN 'SELECT, DELETE'
                WHEN 'audit'             THEN 'SELECT, DELETE'
+               WHEN 'search_texts'      THEN 'SELECT'
                WHEN 'versions'          THEN 'SELECT'
                WHEN 'schema_migrations' THEN 'SELECT'
                ELSE 'SELECT, INSERT, UPDATE, DELETE'
@@ -258,6 +260,7 @@ BEGIN
       RETURN NEXT format('GRANT %s ON %s TO %I;', relation.privileges, relation.names, server);
     END LOOP;
     RETURN NEXT format('GRANT SELECT, UPDATE ON SEQUENCE pgbroker.record_version TO %I;', server);
+    RETURN NEXT format('GRANT EXECUTE ON FUNCTION pgbroker.put_search_texts(text[], text[], text[]) TO %I;', server);
   END IF;
   RETURN NEXT 'COMMIT;';
 END

@@ -894,7 +894,7 @@ CREATE FUNCTION pgbroker.search_text(of_type text, value jsonb) RETURNS text
   RETURN (SELECT string_agg(pgbroker.fold_case(words), E'\x1f')
           FROM (SELECT translate(found, E'\x1f', '') FROM pgbroker.searched_texts(of_type, value) AS found) AS t (words)
           WHERE words <> '');
-COMMENT ON FUNCTION pgbroker.search_text(text, jsonb) IS 'records.search_text of a projection.';
+COMMENT ON FUNCTION pgbroker.search_text(text, jsonb) IS 'search_texts.search_text of a projection.';
 
 CREATE FUNCTION pgbroker.index_cidr(value jsonb) RETURNS inet
   LANGUAGE plpgsql STABLE STRICT AS $$
@@ -922,6 +922,23 @@ COMMENT ON FUNCTION pgbroker.index_cidr(jsonb) IS 'records.index_cidr of the pro
 -- ---------------------------------------------------------------------------------------------
 -- Records
 -- ---------------------------------------------------------------------------------------------
+
+CREATE FUNCTION pgbroker.search_text_of(payload bytea, data jsonb) RETURNS text
+  LANGUAGE plpgsql STABLE AS $$
+DECLARE
+  url bytea;
+BEGIN
+  IF payload IS NULL OR data IS NULL THEN
+    RETURN '';
+  END IF;
+  SELECT f.content INTO url FROM pgbroker.wire_fields(payload, 'payload') WITH ORDINALITY AS f
+    WHERE f.number = 1 AND f.wire = 2 ORDER BY f.ordinality DESC LIMIT 1;
+  RETURN coalesce(pgbroker.search_text(regexp_replace(pgbroker.wire_text(url), '^.*/', ''), data), '');
+EXCEPTION WHEN data_exception THEN
+  RETURN ''; -- whoever has written no Any beside the data
+END
+$$;
+COMMENT ON FUNCTION pgbroker.search_text_of(bytea, jsonb) IS 'search_texts.search_text of a record with this payload and projection.';
 
 CREATE FUNCTION pgbroker.encode_payload(
   record_type text, old_payload bytea, before jsonb, value jsonb,
@@ -1008,7 +1025,6 @@ BEGIN
   SELECT * INTO one FROM pgbroker.encode_payload(NEW.type, old_payload, before, NEW.data);
   NEW.payload := one.payload;
   NEW.data := one.data;
-  NEW.search_text := one.search_text;
   NEW.index_cidr := one.index_cidr;
   RETURN NEW;
 END
@@ -1017,6 +1033,28 @@ COMMENT ON FUNCTION pgbroker.encode_record() IS 'Trigger: data written in SQL be
 -- Whoever may write data need not be able to read what is known of message types.
 ALTER FUNCTION pgbroker.encode_record() SECURITY DEFINER SET search_path = pg_catalog, pg_temp;
 REVOKE EXECUTE ON FUNCTION pgbroker.encode_record() FROM PUBLIC;
+
+CREATE FUNCTION pgbroker.search_written() RETURNS trigger
+  LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+  types text[];
+  ids   text[];
+  texts text[];
+BEGIN
+  IF TG_OP = 'INSERT' THEN
+    SELECT array_agg(n.type), array_agg(n.id), array_agg(pgbroker.search_text_of(n.payload, n.data)) INTO types, ids, texts
+      FROM new_rows n;
+  ELSE
+    SELECT array_agg(n.type), array_agg(n.id), array_agg(pgbroker.search_text_of(n.payload, n.data)) INTO types, ids, texts
+      FROM new_rows n JOIN old_rows o USING (type, id)
+      WHERE n.data IS DISTINCT FROM o.data OR n.payload IS DISTINCT FROM o.payload;
+  END IF;
+  PERFORM pgbroker.put_search_texts(types, ids, texts);
+  RETURN NULL;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.search_written() IS 'Trigger: what is written in SQL can be found by text.';
+REVOKE EXECUTE ON FUNCTION pgbroker.search_written() FROM PUBLIC;
 
 CREATE FUNCTION pgbroker.keep_version() RETURNS trigger
   LANGUAGE plpgsql AS $$
@@ -1045,6 +1083,14 @@ CREATE TRIGGER records_encode_update BEFORE UPDATE OF data ON pgbroker.records
   FOR EACH ROW WHEN ((NEW.payload IS NULL OR NEW.payload = OLD.payload) AND NEW.data IS DISTINCT FROM OLD.data
                      AND coalesce(current_setting('pgbroker.writer', true), '') = '')
   EXECUTE FUNCTION pgbroker.encode_record();
+CREATE TRIGGER records_search_insert AFTER INSERT ON pgbroker.records
+  REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT
+  WHEN (coalesce(current_setting('pgbroker.writer', true), '') = '')
+  EXECUTE FUNCTION pgbroker.search_written();
+CREATE TRIGGER records_search_update AFTER UPDATE ON pgbroker.records
+  REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT
+  WHEN (coalesce(current_setting('pgbroker.writer', true), '') = '')
+  EXECUTE FUNCTION pgbroker.search_written();
 CREATE TRIGGER records_unstamp BEFORE UPDATE OF data ON pgbroker.records
   FOR EACH ROW WHEN (NEW.payload = OLD.payload AND current_setting('pgbroker.writer', true) = 'projector')
   EXECUTE FUNCTION pgbroker.keep_version();
@@ -1053,16 +1099,21 @@ CREATE FUNCTION pgbroker.project_records(
   types text[], ids text[], versions bigint[], projections text[], search_texts text[], index_cidrs text[]) RETURNS bigint
   LANGUAGE plpgsql
   SET pgbroker.writer = 'projector' SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+  SET search_path = pg_catalog, pg_temp
   AS $$
 DECLARE
-  projected bigint;
+  positions bigint[];
 BEGIN
-  UPDATE pgbroker.records AS r
-    SET data = nullif(i.data, '')::jsonb, search_text = nullif(i.search_text, ''), index_cidr = nullif(i.index_cidr, '')::inet
-    FROM unnest(types, ids, versions, projections, search_texts, index_cidrs) AS i (type, id, version, data, search_text, index_cidr)
-    WHERE r.type = i.type AND r.id = i.id AND r.version = i.version;
-  GET DIAGNOSTICS projected = ROW_COUNT;
-  RETURN projected;
+  WITH projected AS (
+    UPDATE pgbroker.records AS r
+      SET data = nullif(i.data, '')::jsonb, index_cidr = nullif(i.index_cidr, '')::inet
+      FROM unnest(types, ids, versions, projections, index_cidrs) WITH ORDINALITY AS i (type, id, version, data, index_cidr, position)
+      WHERE r.type = i.type AND r.id = i.id AND r.version = i.version
+      RETURNING i.position
+  )
+  SELECT coalesce(array_agg(position), '{}') INTO positions FROM projected;
+  PERFORM pgbroker.put_search_texts(array_agg(types[p]), array_agg(ids[p]), array_agg(search_texts[p])) FROM unnest(positions) AS p;
+  RETURN cardinality(positions);
 END
 $$;
 COMMENT ON FUNCTION pgbroker.project_records(text[], text[], bigint[], text[], text[], text[]) IS
@@ -1154,23 +1205,27 @@ CREATE FUNCTION pgbroker.write_differences(
   LANGUAGE plpgsql
   -- By key, whatever is known of the temporary table.
   SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET pgbroker.writer = 'replica'
+  SET search_path = pg_catalog, pg_temp
   AS $$
 BEGIN
   DELETE FROM pgbroker.records AS r USING pg_temp.staged_differences AS d
     WHERE d.position > after AND d.position <= upto AND d.data IS NULL AND r.type = record_type AND r.id = d.id;
   GET DIAGNOSTICS deleted = ROW_COUNT;
   UPDATE pgbroker.records AS r
-    SET payload = d.payload, data = d.data, search_text = d.search_text, index_cidr = d.index_cidr
+    SET payload = d.payload, data = d.data, index_cidr = d.index_cidr
     FROM pg_temp.staged_differences AS d
     WHERE d.position > after AND d.position <= upto AND d.data IS NOT NULL AND d.version IS NOT NULL
       AND r.type = record_type AND r.id = d.id;
   GET DIAGNOSTICS updated = ROW_COUNT;
-  INSERT INTO pgbroker.records (type, id, payload, data, search_text, index_cidr)
-    SELECT record_type, d.id, d.payload, d.data, d.search_text, d.index_cidr
+  INSERT INTO pgbroker.records (type, id, payload, data, index_cidr)
+    SELECT record_type, d.id, d.payload, d.data, d.index_cidr
     FROM pg_temp.staged_differences AS d
     WHERE d.position > after AND d.position <= upto AND d.data IS NOT NULL AND d.version IS NULL
     ORDER BY d.position;
   GET DIAGNOSTICS inserted = ROW_COUNT;
+  PERFORM pgbroker.put_search_texts(array_agg(record_type), array_agg(d.id), array_agg(coalesce(d.search_text, '')))
+    FROM pg_temp.staged_differences AS d
+    WHERE d.position > after AND d.position <= upto AND d.data IS NOT NULL;
 END
 $$;
 COMMENT ON FUNCTION pgbroker.write_differences(text, bigint, bigint) IS 'Writes some of the differences that compare_staged has noted.';

@@ -2,7 +2,8 @@
 -- at least one row: without a record (version 0) if the page is empty.
 --
 -- A filter is a jsonpath predicate over the projection; with_vars gives it the record's id, type and prefix
--- as variables, which is what most of its time is spent on. Matching keys are collected and counted before any payload is read.
+-- as variables, which is what most of its time is spent on; the sub-select has it parsed once and not for
+-- every record. Matching keys are collected and counted before any payload is read.
 
 -- name: QueryAll :many
 -- Every record of a type, or of all types; counted without a scan.
@@ -14,7 +15,7 @@ CROSS JOIN (
   SELECT coalesce(sum(t.record_count), 0)::bigint AS total_count FROM pgbroker.record_types t
 ) n
 LEFT JOIN (
-  SELECT * FROM pgbroker.records ORDER BY records.type, records.id OFFSET @skip::bigint LIMIT @max_rows::bigint
+  SELECT records.type, records.id, records.version, records.modified_at, records.payload FROM pgbroker.records ORDER BY records.type, records.id OFFSET @skip::bigint LIMIT @max_rows::bigint
 ) r ON true
 ORDER BY r.type, r.id;
 
@@ -27,7 +28,7 @@ CROSS JOIN (
   SELECT coalesce(sum(t.record_count), 0)::bigint AS total_count FROM pgbroker.record_types t WHERE t.type = @type
 ) n
 LEFT JOIN (
-  SELECT * FROM pgbroker.records WHERE records.type = @type ORDER BY records.id OFFSET @skip::bigint LIMIT @max_rows::bigint
+  SELECT records.type, records.id, records.version, records.modified_at, records.payload FROM pgbroker.records WHERE records.type = @type ORDER BY records.id OFFSET @skip::bigint LIMIT @max_rows::bigint
 ) r ON true
 ORDER BY r.id;
 
@@ -61,10 +62,11 @@ matched AS MATERIALIZED (
   SELECT r.type, r.id
   FROM candidates
   JOIN pgbroker.records r USING (type, id)
-  WHERE (@filter::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), nullif(@filter::text, '')::jsonpath,
+  WHERE (@filter::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), (SELECT nullif(@filter::text, '')::jsonpath),
            CASE WHEN @with_vars::boolean
              THEN jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text) ELSE '{}' END, true))
-    AND (@search::text = '' OR strpos(r.search_text, @search::text) > 0)
+    AND (@search::text = '' OR strpos((
+           SELECT t.search_text FROM pgbroker.search_texts t WHERE t.type = r.type AND t.id = r.id), @search::text) > 0)
 )
 SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
        coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
@@ -72,7 +74,7 @@ SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_cou
 FROM pgbroker.versions v
 CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
 LEFT JOIN (
-  SELECT p.* FROM (SELECT * FROM matched ORDER BY matched.type, matched.id OFFSET @skip::bigint LIMIT @max_rows::bigint) m
+  SELECT p.type, p.id, p.version, p.modified_at, p.payload FROM (SELECT * FROM matched ORDER BY matched.type, matched.id OFFSET @skip::bigint LIMIT @max_rows::bigint) m
   JOIN pgbroker.records p USING (type, id)
 ) r ON true
 ORDER BY r.type, r.id;
@@ -84,10 +86,11 @@ WITH matched AS MATERIALIZED (
   FROM pgbroker.records r
   WHERE r.index_fields @> ANY ((@terms::text[])::jsonb[])
     AND r.type = @type
-    AND (@filter::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), nullif(@filter::text, '')::jsonpath,
+    AND (@filter::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), (SELECT nullif(@filter::text, '')::jsonpath),
            CASE WHEN @with_vars::boolean
              THEN jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text) ELSE '{}' END, true))
-    AND (@search::text = '' OR strpos(r.search_text, @search::text) > 0)
+    AND (@search::text = '' OR strpos((
+           SELECT t.search_text FROM pgbroker.search_texts t WHERE t.type = r.type AND t.id = r.id), @search::text) > 0)
 )
 SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
        coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
@@ -95,7 +98,7 @@ SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_cou
 FROM pgbroker.versions v
 CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
 LEFT JOIN (
-  SELECT p.* FROM (SELECT * FROM matched ORDER BY matched.type, matched.id OFFSET @skip::bigint LIMIT @max_rows::bigint) m
+  SELECT p.type, p.id, p.version, p.modified_at, p.payload FROM (SELECT * FROM matched ORDER BY matched.type, matched.id OFFSET @skip::bigint LIMIT @max_rows::bigint) m
   JOIN pgbroker.records p USING (type, id)
 ) r ON true
 ORDER BY r.type, r.id;
@@ -105,15 +108,14 @@ ORDER BY r.type, r.id;
 SELECT set_config('max_parallel_workers_per_gather', '2', true);
 
 -- name: QueryScan :many
--- Records that match a filter or a text, found by reading every record of the type, or of all types.
+-- Records that match a filter, found by reading every record of the type, or of all types.
 WITH matched AS MATERIALIZED (
   SELECT r.type, r.id
   FROM pgbroker.records r
   WHERE (@type::text = '' OR r.type = @type::text)
-    AND (@filter::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), nullif(@filter::text, '')::jsonpath,
+    AND jsonb_path_match(coalesce(r.data, '{}'), (SELECT (@filter::text)::jsonpath),
            CASE WHEN @with_vars::boolean
-             THEN jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text) ELSE '{}' END, true))
-    AND (@search::text = '' OR strpos(r.search_text, @search::text) > 0)
+             THEN jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text) ELSE '{}' END, true)
 )
 SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
        coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
@@ -121,7 +123,32 @@ SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_cou
 FROM pgbroker.versions v
 CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
 LEFT JOIN (
-  SELECT p.* FROM (SELECT * FROM matched ORDER BY matched.type, matched.id OFFSET @skip::bigint LIMIT @max_rows::bigint) m
+  SELECT p.type, p.id, p.version, p.modified_at, p.payload FROM (SELECT * FROM matched ORDER BY matched.type, matched.id OFFSET @skip::bigint LIMIT @max_rows::bigint) m
+  JOIN pgbroker.records p USING (type, id)
+) r ON true
+ORDER BY r.type, r.id;
+
+-- name: QueryText :many
+-- Records that match a text, and perhaps a filter, found by reading every text of the type, or of all types.
+WITH matched AS MATERIALIZED (
+  SELECT t.type, t.id
+  FROM pgbroker.search_texts t
+  WHERE (@type::text = '' OR t.type = @type::text)
+    AND strpos(t.search_text, @search::text) > 0
+    AND (@filter::text = '' OR (
+           SELECT jsonb_path_match(coalesce(r.data, '{}'), (SELECT nullif(@filter::text, '')::jsonpath),
+             CASE WHEN @with_vars::boolean
+               THEN jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text) ELSE '{}' END, true)
+           FROM pgbroker.records r
+           WHERE r.type = t.type AND r.id = t.id))
+)
+SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
+       coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
+       coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
+FROM pgbroker.versions v
+CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
+LEFT JOIN (
+  SELECT p.type, p.id, p.version, p.modified_at, p.payload FROM (SELECT * FROM matched ORDER BY matched.type, matched.id OFFSET @skip::bigint LIMIT @max_rows::bigint) m
   JOIN pgbroker.records p USING (type, id)
 ) r ON true
 ORDER BY r.type, r.id;

@@ -28,7 +28,7 @@ FROM (
   SELECT r.type, r.id, r.version, r.modified_at, r.payload,
          sum(octet_length(r.payload)) OVER (ORDER BY r.type, r.id) - octet_length(r.payload) AS bytes_before
   FROM (
-    SELECT * FROM pgbroker.records
+    SELECT records.type, records.id, records.version, records.modified_at, records.payload FROM pgbroker.records
     WHERE (records.type, records.id) >= (@from_type::text, @from_id::text)
     ORDER BY records.type, records.id LIMIT @max_rows
   ) r
@@ -43,7 +43,7 @@ FROM (
   SELECT r.type, r.id, r.version, r.modified_at, r.payload,
          sum(octet_length(r.payload)) OVER (ORDER BY r.id) - octet_length(r.payload) AS bytes_before
   FROM (
-    SELECT * FROM pgbroker.records
+    SELECT records.type, records.id, records.version, records.modified_at, records.payload FROM pgbroker.records
     WHERE records.type = @type AND records.id >= @from_id::text
     ORDER BY records.id LIMIT @max_rows
   ) r
@@ -87,7 +87,7 @@ FROM (
            < clock_timestamp() - t.idle_timeout AS idle
   FROM pgbroker.record_types t
   CROSS JOIN LATERAL (
-    SELECT * FROM pgbroker.records
+    SELECT records.id, records.version, records.modified_at, records.data FROM pgbroker.records
     WHERE records.type = @type AND records.id > @after_id::text
     ORDER BY records.id LIMIT @max_rows
   ) r
@@ -119,7 +119,7 @@ ranked AS (
   CROSS JOIN owners o
   -- The fence keeps the planner from joining the whole table.
   CROSS JOIN LATERAL (
-    SELECT * FROM pgbroker.records
+    SELECT records.id, records.version, records.data FROM pgbroker.records
     WHERE records.type = @type AND records.index_fields @> jsonb_build_object('user_id', o.user_id) OFFSET 0
   ) r
   WHERE t.type = @type

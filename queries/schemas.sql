@@ -83,7 +83,7 @@ FROM (
   SELECT r.type, r.id, r.version, r.payload,
          sum(octet_length(r.payload)) OVER (ORDER BY r.id) - octet_length(r.payload) AS bytes_before
   FROM (
-    SELECT * FROM pgbroker.records
+    SELECT records.type, records.id, records.version, records.payload FROM pgbroker.records
     WHERE records.type = @type AND records.id >= @from_id::text
     ORDER BY records.id LIMIT @max_rows
   ) r
@@ -124,8 +124,9 @@ FROM ROWS FROM (
   unnest(@search_texts::text[]), unnest(@index_cidrs::text[])
 ) WITH ORDINALITY AS i (type, id, version, data, search_text, index_cidr, position)
 JOIN pgbroker.records r ON r.type = i.type AND r.id = i.id AND r.version = i.version
+LEFT JOIN pgbroker.search_texts t ON t.type = i.type AND t.id = i.id
 WHERE r.data IS DISTINCT FROM nullif(i.data, '')::jsonb
-   OR r.search_text IS DISTINCT FROM nullif(i.search_text, '')
+   OR coalesce(t.search_text, '') <> i.search_text
    OR r.index_cidr IS DISTINCT FROM nullif(i.index_cidr, '')::inet;
 
 -- name: RecordsProject :one

@@ -130,20 +130,28 @@ func (s *brokerServer) query(ctx context.Context, request *databroker.QueryReque
 			}
 		}
 	}
-	rows, err := s.scan(ctx, db.QueryScanParams{
-		Type: request.Type, Filter: predicate, WithVars: parsed.UsesVars(), Search: search, Skip: request.Offset, MaxRows: request.Limit,
+	return s.scan(ctx, func(ctx context.Context, queries *db.Queries) ([]queryRow, error) {
+		if search != "" {
+			rows, err := queries.QueryText(ctx, db.QueryTextParams{
+				Type: request.Type, Search: search, Filter: predicate, WithVars: parsed.UsesVars(), Skip: request.Offset, MaxRows: request.Limit,
+			})
+			return convertRows(rows, func(r db.QueryTextRow) queryRow { return queryRow(r) }), err
+		}
+		rows, err := queries.QueryScan(ctx, db.QueryScanParams{
+			Type: request.Type, Filter: predicate, WithVars: parsed.UsesVars(), Skip: request.Offset, MaxRows: request.Limit,
+		})
+		return convertRows(rows, func(r db.QueryScanRow) queryRow { return queryRow(r) }), err
 	})
-	return convertRows(rows, func(r db.QueryScanRow) queryRow { return queryRow(r) }), err
 }
 
-// scan runs the one query that reads all records of a type.
-func (s *brokerServer) scan(ctx context.Context, params db.QueryScanParams) (rows []db.QueryScanRow, err error) {
+// scan runs a query that reads all records of a type, or all their texts, in several processes.
+func (s *brokerServer) scan(ctx context.Context, query func(context.Context, *db.Queries) ([]queryRow, error)) (rows []queryRow, err error) {
 	err = pgx.BeginTxFunc(ctx, s.db.Pool, pgx.TxOptions{AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
 		queries := db.New(boundedReader{tx, s.limiter})
 		if err := queries.ScanInParallel(ctx); err != nil {
 			return err
 		}
-		rows, err = queries.QueryScan(ctx, params)
+		rows, err = query(ctx, queries)
 		return err
 	})
 	return rows, err

@@ -329,7 +329,7 @@ func TestRingIsBounded(t *testing.T) {
 		t.Error("a cursor behind the ring has not read the table")
 	}
 	// From wherever a cursor comes, it gets what follows, no more and no less.
-	for version := v.base - 3; version <= v.head; version++ {
+	for version := v.all.base - 3; version <= v.head; version++ {
 		f.wantDrained(f.openAt(version, ""), version, "")
 	}
 	// At the very edge: the change right after the base is the first one in the ring.

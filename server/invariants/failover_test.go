@@ -65,9 +65,14 @@ func TestI5_WithAHiddenTimeline(t *testing.T) {
 	primary.Exec(`
 		REVOKE EXECUTE ON FUNCTION pg_walfile_name(pg_lsn) FROM PUBLIC;
 		CREATE ROLE broker LOGIN PASSWORD '` + dbtest.Password + `';
-		GRANT USAGE ON SCHEMA pgbroker TO broker;
-		GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON ALL TABLES IN SCHEMA pgbroker TO broker;
-		GRANT SELECT, UPDATE, USAGE ON ALL SEQUENCES IN SCHEMA pgbroker TO broker;`)
+		DO $$
+		DECLARE statement text;
+		BEGIN
+			FOR statement IN SELECT pgbroker.grants(NULL, NULL, 'broker') LOOP
+				CONTINUE WHEN statement IN ('BEGIN;', 'COMMIT;');
+				EXECUTE statement;
+			END LOOP;
+		END $$`)
 	standby := newStandby(primary)
 	w := newWorld(t, 2, strings.Replace(dbtest.ConnString(primary.Addr(), standby.Addr()), "//pgbroker:", "//broker:", 1))
 	if !strings.Contains(w.log.String(), "hides its timeline") {

@@ -111,7 +111,7 @@ func TestViewsNameNoPayload(t *testing.T) {
 		JOIN pg_rewrite w ON d.classid = 'pg_rewrite'::regclass AND w.oid = d.objid
 		JOIN pg_class c ON c.oid = w.ev_class
 		JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
-		WHERE (d.refobjid, a.attname) IN (('pgbroker.records'::regclass, 'payload'), ('pgbroker.records'::regclass, 'search_text'),
+		WHERE (d.refobjid, a.attname) IN (('pgbroker.records'::regclass, 'payload'), ('pgbroker.search_texts'::regclass, 'search_text'),
 		                                  ('pgbroker.leases'::regclass, 'id'))`
 	if got := column[string](t, d, secret); len(got) > 0 {
 		t.Errorf("views name %v", got)

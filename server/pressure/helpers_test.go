@@ -321,7 +321,7 @@ func isCanceled(err error) bool {
 	return errors.Is(err, context.Canceled) || status.Code(err) == codes.Canceled
 }
 
-// newRole makes a role that may do what serving needs and nothing else, and returns its name.
+// newRole makes a role that may do what `pgbroker migrate grants` lets a server do, and returns its name.
 func newRole(t *testing.T, connString string) string {
 	t.Helper()
 	conn, err := pgx.Connect(t.Context(), connString)
@@ -334,10 +334,14 @@ func newRole(t *testing.T, connString string) string {
 		t.Fatal(err)
 	}
 	role := "app_" + database[len(database)-12:]
-	if _, err := conn.Exec(t.Context(), `CREATE ROLE `+role+` LOGIN;
-		GRANT USAGE ON SCHEMA pgbroker TO `+role+`;
-		GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON ALL TABLES IN SCHEMA pgbroker TO `+role+`;
-		GRANT SELECT, UPDATE ON ALL SEQUENCES IN SCHEMA pgbroker TO `+role); err != nil {
+	if _, err := conn.Exec(t.Context(), `DO $$
+		DECLARE statement text;
+		BEGIN
+			FOR statement IN SELECT pgbroker.grants(NULL, NULL, '`+role+`') LOOP
+				CONTINUE WHEN statement IN ('BEGIN;', 'COMMIT;');
+				EXECUTE statement;
+			END LOOP;
+		END $$`); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {

@@ -203,7 +203,7 @@ func TestAReaderSeesNoTokens(t *testing.T) {
 	}
 }
 
-// TestTheServerNeedsNoMoreThanItsGrants: a replica whose role has what the README grants can do all of its work, and its
+// TestTheServerNeedsNoMoreThanItsGrants: a replica whose role has what `migrate grants` gives it can do all of its work, and its
 // role cannot change the schema.
 func TestTheServerNeedsNoMoreThanItsGrants(t *testing.T) {
 	t.Parallel()

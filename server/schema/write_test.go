@@ -91,7 +91,7 @@ func TestInsertOfData(t *testing.T) {
 		`{"id": "s", "user_id": "u", "expires_at": "2030-01-02T03:04:05.600Z", "oauth_token": {}}`; got != want {
 		t.Errorf("data %s, want %s", got, want)
 	}
-	if got := get[string](t, b.Database, "SELECT search_text FROM pgbroker.records WHERE type = $1", directoryType); got != "jane@example.com\x1fa\x1fb" {
+	if got := get[string](t, b.Database, "SELECT search_text FROM pgbroker.search_texts WHERE type = $1", directoryType); got != "jane@example.com\x1fa\x1fb" {
 		t.Errorf("search text %q", got)
 	}
 	if got := get[int64](t, b.Database, "SELECT count(*) FROM pgbroker.records WHERE expires_at = '2030-01-02T03:04:05.6Z' AND index_fields ->> 'user_id' = 'u'"); got != 1 {
@@ -101,6 +101,36 @@ func TestInsertOfData(t *testing.T) {
 	if got := get[string](t, b.Database, "SELECT index_cidr::text FROM pgbroker.records WHERE id = 'net'"); got != "10.0.0.0/8" {
 		t.Errorf("index %s", got)
 	}
+}
+
+// Text queries find what was written in SQL as it is now: not what it was before, nor what a statement has left alone.
+func TestWhatIsWrittenInSQLIsFoundByText(t *testing.T) {
+	t.Parallel()
+	b := broker(t, 1)
+	found := func(text string, want int64) {
+		t.Helper()
+		response, err := b.Query(t.Context(), &databroker.QueryRequest{Type: directoryType, Query: text, Limit: 10})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if response.TotalCount != want {
+			t.Errorf("%q is found in %d records, want %d", text, response.TotalCount, want)
+		}
+	}
+	insert := "INSERT INTO pgbroker.records (type, id, data) SELECT '" + directoryType + "', i, jsonb_build_object('name', 'Before') FROM unnest('{a,b}'::text[]) AS i"
+	b.Database.Exec(t, insert)
+	found("before", 2)
+	b.Database.Exec(t, `UPDATE pgbroker.records SET data = data || '{"name": "After"}' WHERE id = 'a'`)
+	found("before", 1)
+	found("after", 1)
+	b.Database.Exec(t, strings.Replace(insert, "Before", "Never", 1)+" ON CONFLICT DO NOTHING")
+	found("never", 0)
+	b.Database.Exec(t, strings.Replace(insert, "Before", "Again", 1)+" ON CONFLICT (type, id) DO UPDATE SET data = excluded.data WHERE records.id = 'b'")
+	found("again", 1)
+	b.Database.Exec(t, "UPDATE pgbroker.records SET data = NULL, payload = NULL WHERE id = 'a'")
+	found("after", 0)
+	b.Database.Exec(t, "DELETE FROM pgbroker.records")
+	found("again", 0)
 }
 
 // An UPDATE of data keeps what data do not show: secrets at any depth, unknown fields, and the rest of the Any.

@@ -1,0 +1,160 @@
+package invariants
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+	"pgregory.net/rapid"
+
+	"pgbroker/db"
+	"pgbroker/db/dbtest"
+)
+
+// stored is what a record is expected to be.
+type stored struct {
+	version       int64
+	payload, text string
+}
+
+// TestWritesAgainstAModel writes batches of every kind, records that are there and records that are not, deletions and
+// conditions in any mix, and compares what it is told, and what the tables then hold, with a map.
+func TestWritesAgainstAModel(t *testing.T) {
+	t.Parallel()
+	conn := dbtest.New(t).Connect(t)
+	queries := db.New(conn)
+	keys := []string{"t/a", "t/b", "t/c", "u/a", "u/b", "u/c"}
+	texts := []string{"", "one", "two\x1fthree"}
+	rapid.Check(t, func(t *rapid.T) {
+		// Each try is a data set of its own.
+		if _, err := conn.Exec(t.Context(), "TRUNCATE pgbroker.records"); err != nil {
+			t.Fatal(err)
+		}
+		model := make(map[string]stored)
+		tombstones := 0
+		for step := range rapid.IntRange(1, 6).Draw(t, "batches") {
+			var batch db.RecordsWriteParams
+			conflicts := make(map[int32]bool)
+			requests := rapid.Int32Range(1, 3).Draw(t, "requests")
+			for i, key := range rapid.Permutation(keys).Draw(t, "keys")[:rapid.IntRange(1, len(keys)).Draw(t, "records")] {
+				recordType, id, _ := strings.Cut(key, "/")
+				var payload, text string
+				deletes := rapid.IntRange(0, 3).Draw(t, "delete") == 0
+				if !deletes {
+					payload, text = fmt.Sprintf("%d-%d", step, i), rapid.SampledFrom(texts).Draw(t, "text")
+				}
+				request := rapid.Int32Range(0, requests-1).Draw(t, "request")
+				var expected int64
+				if before, ok := model[key]; ok && rapid.IntRange(0, 2).Draw(t, "conditional") == 0 {
+					expected = before.version + rapid.Int64Range(0, 1).Draw(t, "wrong")
+					conflicts[request] = conflicts[request] || expected != before.version
+				}
+				batch.Types = append(batch.Types, recordType)
+				batch.IDs = append(batch.IDs, id)
+				batch.Deletes = append(batch.Deletes, deletes)
+				batch.Payloads = append(batch.Payloads, []byte(payload))
+				batch.Projections = append(batch.Projections, "")
+				batch.SearchTexts = append(batch.SearchTexts, text)
+				batch.IndexCIDRs = append(batch.IndexCIDRs, "")
+				batch.Requests = append(batch.Requests, request)
+				batch.Expected = append(batch.Expected, expected)
+			}
+
+			rows, err := queries.RecordsWrite(t.Context(), batch)
+			if err != nil {
+				t.Fatal(err)
+			}
+			told := make(map[string]db.RecordsWriteRow)
+			for _, row := range rows {
+				if row.Version == 0 {
+					continue
+				}
+				key := row.Type + "/" + row.ID
+				if before, ok := told[key]; ok {
+					t.Fatalf("%s was written twice: %+v, %+v", key, before, row)
+				}
+				told[key] = row
+			}
+			changes := 0
+			for i, id := range batch.IDs {
+				key := batch.Types[i] + "/" + id
+				before, present := model[key]
+				switch row := told[key]; {
+				case conflicts[batch.Requests[i]] || batch.Deletes[i] && !present:
+					if row.Version != 0 {
+						t.Fatalf("%s was changed: %+v", key, row)
+					}
+				case row.Version <= before.version || row.Deleted != batch.Deletes[i]:
+					t.Fatalf("%s: told %+v", key, row)
+				case batch.Deletes[i]:
+					delete(model, key)
+					changes, tombstones = changes+1, tombstones+1
+				default:
+					model[key] = stored{row.Version, string(batch.Payloads[i]), batch.SearchTexts[i]}
+					changes++
+				}
+			}
+			if len(told) != changes {
+				t.Fatalf("told of %d changes of %d: %+v", len(told), changes, rows)
+			}
+			wantStored(t, conn, model, tombstones)
+		}
+	})
+}
+
+// wantStored compares the tables with the model.
+func wantStored(t *rapid.T, conn *pgx.Conn, model map[string]stored, tombstones int) {
+	t.Helper()
+	got := make(map[string]stored)
+	rows, err := conn.Query(t.Context(), `
+		SELECT type || '/' || id, r.version, convert_from(r.payload, 'UTF8'), coalesce(t.search_text, '')
+		FROM pgbroker.records r LEFT JOIN pgbroker.search_texts t USING (type, id)`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var key string
+	var record stored
+	if _, err := pgx.ForEachRow(rows, []any{&key, &record.version, &record.payload, &record.text}, func() error {
+		got[key] = record
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if !maps.Equal(got, model) {
+		t.Fatalf("stored: %v\nwant:   %v", got, model)
+	}
+	// The log has the latest change of each record and every tombstone since; the counts and texts are those of the records.
+	counts := make([]int, 4)
+	if err := conn.QueryRow(t.Context(), `
+		SELECT (SELECT count(*) FROM pgbroker.changes c JOIN pgbroker.records r USING (type, id, version) WHERE NOT c.deleted),
+		       (SELECT count(*) FROM pgbroker.changes c),
+		       (SELECT coalesce(sum(record_count), 0) FROM pgbroker.record_types),
+		       (SELECT count(*) FROM pgbroker.search_texts t WHERE NOT EXISTS (SELECT FROM pgbroker.records r WHERE (r.type, r.id) = (t.type, t.id)))`,
+	).Scan(&counts[0], &counts[1], &counts[2], &counts[3]); err != nil {
+		t.Fatal(err)
+	}
+	if want := []int{len(model), len(model) + tombstones, len(model), 0}; !slices.Equal(counts, want) {
+		t.Fatalf("records in the log, changes in it, records counted, texts without a record: %v, want %v", counts, want)
+	}
+}
+
+// TestOneSearchPathUnderTheOrderLock: a function that is called under another search path than before is planned anew. What
+// takes the order lock on the way of each write, before the triggers take it again, must do so under theirs.
+func TestOneSearchPathUnderTheOrderLock(t *testing.T) {
+	t.Parallel()
+	conn := dbtest.New(t).Connect(t)
+	rows, err := conn.Query(t.Context(), `
+		SELECT DISTINCT array_to_string(f.proconfig, ' ') ~ 'search_path=pg_catalog, pg_temp'
+		FROM pg_proc f
+		WHERE f.oid IN ('pgbroker.write_records'::regproc, 'pgbroker.write_differences'::regproc, 'pgbroker.put_search_texts'::regproc)
+		   OR f.oid IN (SELECT tgfoid FROM pg_trigger WHERE tgrelid = 'pgbroker.records'::regclass AND tgtype & 1 = 0)`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := pgx.CollectRows(rows, pgx.RowTo[*bool]); err != nil || len(got) != 1 || got[0] == nil || !*got[0] {
+		t.Errorf("not all functions set the same search path (%v)", err)
+	}
+}
