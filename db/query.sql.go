@@ -93,37 +93,40 @@ const queryField = `-- name: QueryField :many
 WITH matched AS MATERIALIZED (
   SELECT r.type, r.id
   FROM pgbroker.records r
-  WHERE r.index_fields @> ANY (($3::text[])::jsonb[])
-    AND r.type = $4
-    AND ($5::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), (SELECT nullif($5::text, '')::jsonpath),
-           CASE WHEN $6::boolean
+  WHERE r.index_fields @> ANY (($5::text[])::jsonb[])
+    AND r.type = $1
+    AND ($6::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), (SELECT nullif($6::text, '')::jsonpath),
+           CASE WHEN $7::boolean
              THEN jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text) ELSE '{}' END, true))
-    AND ($7::text = '' OR strpos((
-           SELECT t.search_text FROM pgbroker.search_texts t WHERE t.type = r.type AND t.id = r.id), $7::text) > 0)
+    AND ($8::text = '' OR strpos((
+           SELECT t.search_text FROM pgbroker.search_texts t WHERE t.type = r.type AND t.id = r.id), $8::text) > 0)
 )
-SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
+SELECT (t.type IS NOT NULL)::boolean AS indexed, v.server_version, v.latest_version::bigint AS record_version, n.total_count,
        coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
        coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
 FROM pgbroker.versions v
 CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
+LEFT JOIN pgbroker.record_types t ON t.type = $1 AND $2::text = ANY (t.indexed_fields)
 LEFT JOIN (
-  SELECT p.type, p.id, p.version, p.modified_at, p.payload FROM (SELECT type, id FROM matched ORDER BY matched.type, matched.id OFFSET $1::bigint LIMIT $2::bigint) m
+  SELECT p.type, p.id, p.version, p.modified_at, p.payload FROM (SELECT type, id FROM matched ORDER BY matched.type, matched.id OFFSET $3::bigint LIMIT $4::bigint) m
   JOIN pgbroker.records p USING (type, id)
 ) r ON true
 ORDER BY r.type, r.id
 `
 
 type QueryFieldParams struct {
+	Type     string
+	Field    string
 	Skip     int64
 	MaxRows  int64
 	Terms    []string
-	Type     string
 	Filter   string
 	WithVars bool
 	Search   string
 }
 
 type QueryFieldRow struct {
+	Indexed       bool
 	ServerVersion int64
 	RecordVersion int64
 	TotalCount    int64
@@ -134,35 +137,38 @@ type QueryFieldRow struct {
 	Payload       []byte
 }
 
-// Records of which an indexed field has one of the given values: terms are objects {field: value}.
+// Records of which an indexed field has one of the given values: terms are objects {field: value}. It says itself whether
+// the field is indexed: what the replica knows of that may be older than a Clear, after which it need not be.
 //
 //	WITH matched AS MATERIALIZED (
 //	  SELECT r.type, r.id
 //	  FROM pgbroker.records r
-//	  WHERE r.index_fields @> ANY (($3::text[])::jsonb[])
-//	    AND r.type = $4
-//	    AND ($5::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), (SELECT nullif($5::text, '')::jsonpath),
-//	           CASE WHEN $6::boolean
+//	  WHERE r.index_fields @> ANY (($5::text[])::jsonb[])
+//	    AND r.type = $1
+//	    AND ($6::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), (SELECT nullif($6::text, '')::jsonpath),
+//	           CASE WHEN $7::boolean
 //	             THEN jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text) ELSE '{}' END, true))
-//	    AND ($7::text = '' OR strpos((
-//	           SELECT t.search_text FROM pgbroker.search_texts t WHERE t.type = r.type AND t.id = r.id), $7::text) > 0)
+//	    AND ($8::text = '' OR strpos((
+//	           SELECT t.search_text FROM pgbroker.search_texts t WHERE t.type = r.type AND t.id = r.id), $8::text) > 0)
 //	)
-//	SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
+//	SELECT (t.type IS NOT NULL)::boolean AS indexed, v.server_version, v.latest_version::bigint AS record_version, n.total_count,
 //	       coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
 //	       coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
 //	FROM pgbroker.versions v
 //	CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
+//	LEFT JOIN pgbroker.record_types t ON t.type = $1 AND $2::text = ANY (t.indexed_fields)
 //	LEFT JOIN (
-//	  SELECT p.type, p.id, p.version, p.modified_at, p.payload FROM (SELECT type, id FROM matched ORDER BY matched.type, matched.id OFFSET $1::bigint LIMIT $2::bigint) m
+//	  SELECT p.type, p.id, p.version, p.modified_at, p.payload FROM (SELECT type, id FROM matched ORDER BY matched.type, matched.id OFFSET $3::bigint LIMIT $4::bigint) m
 //	  JOIN pgbroker.records p USING (type, id)
 //	) r ON true
 //	ORDER BY r.type, r.id
 func (q *Queries) QueryField(ctx context.Context, arg QueryFieldParams) ([]QueryFieldRow, error) {
 	rows, err := q.db.Query(ctx, queryField,
+		arg.Type,
+		arg.Field,
 		arg.Skip,
 		arg.MaxRows,
 		arg.Terms,
-		arg.Type,
 		arg.Filter,
 		arg.WithVars,
 		arg.Search,
@@ -175,6 +181,7 @@ func (q *Queries) QueryField(ctx context.Context, arg QueryFieldParams) ([]Query
 	for rows.Next() {
 		var i QueryFieldRow
 		if err := rows.Scan(
+			&i.Indexed,
 			&i.ServerVersion,
 			&i.RecordVersion,
 			&i.TotalCount,

@@ -80,7 +80,8 @@ LEFT JOIN (
 ORDER BY r.type, r.id;
 
 -- name: QueryField :many
--- Records of which an indexed field has one of the given values: terms are objects {field: value}.
+-- Records of which an indexed field has one of the given values: terms are objects {field: value}. It says itself whether
+-- the field is indexed: what the replica knows of that may be older than a Clear, after which it need not be.
 WITH matched AS MATERIALIZED (
   SELECT r.type, r.id
   FROM pgbroker.records r
@@ -92,11 +93,12 @@ WITH matched AS MATERIALIZED (
     AND (@search::text = '' OR strpos((
            SELECT t.search_text FROM pgbroker.search_texts t WHERE t.type = r.type AND t.id = r.id), @search::text) > 0)
 )
-SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_count,
+SELECT (t.type IS NOT NULL)::boolean AS indexed, v.server_version, v.latest_version::bigint AS record_version, n.total_count,
        coalesce(r.type, '')::text AS type, coalesce(r.id, '')::text AS id, coalesce(r.version, 0)::bigint AS version,
        coalesce(r.modified_at, 'epoch')::timestamptz AS modified_at, r.payload
 FROM pgbroker.versions v
 CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
+LEFT JOIN pgbroker.record_types t ON t.type = @type AND @field::text = ANY (t.indexed_fields)
 LEFT JOIN (
   SELECT p.type, p.id, p.version, p.modified_at, p.payload FROM (SELECT * FROM matched ORDER BY matched.type, matched.id OFFSET @skip::bigint LIMIT @max_rows::bigint) m
   JOIN pgbroker.records p USING (type, id)

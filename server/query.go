@@ -118,10 +118,17 @@ func (s *brokerServer) query(ctx context.Context, request *databroker.QueryReque
 				return nil, err
 			}
 			rows, err := queries.QueryField(ctx, db.QueryFieldParams{
-				Type: request.Type, Terms: terms, Filter: predicate, WithVars: parsed.UsesVars(), Search: search,
+				Type: request.Type, Field: field.Path, Terms: terms, Filter: predicate, WithVars: parsed.UsesVars(), Search: search,
 				Skip: request.Offset, MaxRows: request.Limit,
 			})
-			return convertRows(rows, func(r db.QueryFieldRow) queryRow { return queryRow(r) }), err
+			if err != nil || rows[0].Indexed {
+				return convertRows(rows, func(r db.QueryFieldRow) queryRow {
+					return queryRow{
+						ServerVersion: r.ServerVersion, RecordVersion: r.RecordVersion, TotalCount: r.TotalCount,
+						Type: r.Type, ID: r.ID, Version: r.Version, ModifiedAt: r.ModifiedAt, Payload: r.Payload,
+					}
+				}), err
+			}
 		}
 		if predicate == "" {
 			var err error
@@ -176,8 +183,8 @@ func (s *brokerServer) predicate(ctx context.Context, recordType string, parsed 
 	}), nil
 }
 
-// indexedField returns the first of the fields by which every record of the type is indexed, or nil. The
-// feed's options may be a moment old; that is safe, because a field that is indexed stays so.
+// indexedField returns the first of the fields by which every record of the type is indexed, or nil. The feed's options may
+// be a moment old, so the query asks again.
 func (s *brokerServer) indexedField(recordType string, fields []filter.Field) *filter.Field {
 	options := s.feed.Options()
 	if options == nil || recordType == "" {

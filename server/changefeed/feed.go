@@ -142,6 +142,8 @@ func New(config Config) *Feed {
 		logger:  config.Logger,
 		wake:    make(chan struct{}, 1),
 		catchUp: make(chan struct{}, 2),
+
+		followers: newFollowers(),
 	}
 	f.listener = &listener{
 		connect: config.Listen,

@@ -11,15 +11,30 @@ import (
 type followers struct {
 	mu    sync.Mutex
 	count map[string]int
+	// came is sent to when there is a first one.
+	came chan struct{}
 }
+
+func newFollowers() followers { return followers{came: make(chan struct{}, 1)} }
 
 func (f *followers) add(recordType string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.count == nil {
+	if len(f.count) == 0 {
 		f.count = make(map[string]int)
+		select {
+		case f.came <- struct{}{}:
+		default: // it is about to be heard
+		}
 	}
 	f.count[recordType]++
+}
+
+// none says that there are no cursors.
+func (f *followers) none() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.count) == 0
 }
 
 func (f *followers) remove(recordType string) {

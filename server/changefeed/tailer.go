@@ -18,6 +18,10 @@ const (
 // unreadTime is how long after a failed read the tailer tries again: streams and health wait for that.
 const unreadTime = 250 * time.Millisecond
 
+// restTime is the time between reads while nobody follows: long enough that single writes, each of which wakes all
+// replicas, are not each read by replicas without streams, and short enough for options.
+const restTime = 50 * time.Millisecond
+
 // tail publishes what is new at each wake-up and on a slow tick, until ctx ends.
 func (f *Feed) tail(ctx context.Context) {
 	tick := time.NewTicker(f.config.PollInterval)
@@ -49,6 +53,21 @@ func (f *Feed) tail(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
+		f.rest(ctx)
+	}
+}
+
+// rest waits a moment if nobody follows, or until somebody does.
+func (f *Feed) rest(ctx context.Context) {
+	if !f.followers.none() || f.view.Load().err != nil {
+		return
+	}
+	rest := time.NewTimer(restTime)
+	defer rest.Stop()
+	select {
+	case <-f.followers.came:
+	case <-rest.C:
+	case <-ctx.Done():
 	}
 }
 

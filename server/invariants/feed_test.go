@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/structpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"pgbroker/db"
@@ -181,6 +182,38 @@ func TestI13_WithoutAListener(t *testing.T) {
 	expectDelivery(t, b)
 	if b.Server.FeedStats().Listening {
 		t.Error("the replica listens: this test proves nothing")
+	}
+}
+
+// TestQueriesDoNotTrustOldOptions: a replica that has not heard of a Clear believes that a field is indexed, when records
+// are written again for which nobody has asked that. It finds them all the same.
+func TestQueriesDoNotTrustOldOptions(t *testing.T) {
+	t.Parallel()
+	b := servertest.New(t, servertest.Options{
+		ConfigureDB: func(c *db.Config) { c.ListenerConnString = "host=127.0.0.1 port=1 dbname=none" },
+		Configure:   func(c *server.Config) { c.PollInterval = time.Hour },
+	})
+	if _, err := b.SetOptions(t.Context(), &databroker.SetOptionsRequest{
+		Type: "t", Options: &databroker.Options{IndexableFields: []string{"color"}},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	// A stream makes the replica read the options.
+	if _, err := b.Sync(t.Context(), latest(t, b.Replica)); err != nil {
+		t.Fatal(err)
+	}
+	b.Database.Exec(t, "TRUNCATE pgbroker.records")
+	b.Database.Exec(t, `INSERT INTO pgbroker.records (type, id, data) VALUES ('t', 'a', '{"color": "red"}')`)
+	filter, err := structpb.NewStruct(map[string]any{"color": "red"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	response, err := b.Query(t.Context(), &databroker.QueryRequest{Type: "t", Filter: filter, Limit: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if response.TotalCount != 1 {
+		t.Errorf("%d records found, want 1", response.TotalCount)
 	}
 }
 
