@@ -157,7 +157,8 @@ func (a *all) limits(ctx context.Context, l *limitResults) error {
 		{"batches of rows", &l.batch, short, time.Second, func(ctx context.Context, l load) (*Result, error) { return p.write(ctx, l, a.clients, false) }},
 		{"large batches of rows", &l.large, short, 3 * time.Second, func(ctx context.Context, l load) (*Result, error) { return p.write(ctx, l, 800, false) }},
 		{"round trip of a notification", &l.notify, a.load(1, 0, 2), 0, p.notify},
-		{"commit and notification", &l.notified, short, 0, func(ctx context.Context, l load) (*Result, error) { return p.write(ctx, l, 1, true) }},
+		// At the rate of the events that are compared with it: a machine with pauses takes several times as long for each.
+		{"commit and notification", &l.notified, a.load(1, eventRate, 4), 0, func(ctx context.Context, l load) (*Result, error) { return p.write(ctx, l, 1, true) }},
 		{"COPY", &l.copied, short, 3 * time.Second, func(ctx context.Context, l load) (*Result, error) { return p.copyOut(ctx, l, a.sizes[1]) }},
 	} {
 		result, err := a.alone(ctx, m.what, a.takes(m.load, 0)+m.extra, func(ctx context.Context) (*Result, error) { return m.do(ctx, m.load) })

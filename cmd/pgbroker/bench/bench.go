@@ -543,6 +543,7 @@ func (c *common) limits(ctx context.Context, target Target, streams, stored int)
 			func() (*Result, error) { return p.write(ctx, l, 800, false) },
 			func() (*Result, error) { return p.notify(ctx, l) },
 			func() (*Result, error) { return p.write(ctx, l, 1, true) },
+			func() (*Result, error) { return p.write(ctx, with(1, eventRate), 1, true) },
 			func() (*Result, error) { return p.copyOut(ctx, l, stored) },
 		)
 	}

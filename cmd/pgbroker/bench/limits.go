@@ -130,6 +130,9 @@ func (p *postgres) write(ctx context.Context, l load, batch int, notify bool) (*
 	if notify {
 		work = "write 1 row and receive its notification"
 	}
+	if l.rate > 0 {
+		work += fmt.Sprintf(", %.1f/s", l.rate)
+	}
 	p.progress.step(work)
 	c := p.corpus.collection("limit")
 	prepared := make([]*limitRows, max(1, min(preparedBatches, 20_000/batch)))
