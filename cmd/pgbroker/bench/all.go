@@ -303,11 +303,11 @@ func (a *all) fillStore(ctx context.Context, size int) error {
 
 func (a *all) streaming(ctx context.Context, limits *limitResults) error {
 	a.section("Fan-out", "Each Put of one record is an event that every stream must receive once and in order. Latency is from the time "+
-		"when the Put was due until a stream had the record. In the rows without a rate each of 4 publishers puts its next record when "+
+		"when the Put was due until a stream had the record. In the rows without a rate each of 16 publishers puts its next record when "+
 		"all streams have the one before; deliveries are counted over all streams.")
 	served, possible := series{name: brokerName}, series{name: bareName, dashed: true}
 	for _, streams := range a.streams {
-		o := fanoutOptions{load: a.load(4, 0, 6), streams: streams}
+		o := fanoutOptions{load: a.load(publishers, 0, 6), streams: streams}
 		result, err := a.pair(ctx, fmt.Sprintf("fan-out to %s", counted(streams, "stream")), a.takes(o.load, 0)+3*time.Second,
 			func(ctx context.Context, r *runner) (*Result, error) { return r.fanout(ctx, o) }, "records", "p50", "p99")
 		if err != nil {

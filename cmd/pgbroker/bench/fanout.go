@@ -28,6 +28,9 @@ type fanoutOptions struct {
 	directory int
 }
 
+// publishers is how many publish in a closed loop: enough that streams have something to send while a commit is waited for.
+const publishers = 16
+
 // mostEvents bounds the events of a closed loop, whose number is not known before.
 const mostEvents = 100_000
 
