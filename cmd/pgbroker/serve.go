@@ -355,7 +355,7 @@ pgbroker is ready.
 Try, in a second terminal:
 
   %[5]s watch%[6]s
-  %[5]s record put --type session.Session --id demo --data '{"id": "demo", "userId": "jane"}'%[6]s
+  %[5]s record put --type session.Session --id demo --data '{"id": "demo", "user_id": "jane"}'%[6]s
   %[4]s -c "DELETE FROM pgbroker.sessions WHERE id = 'demo'"
 
 The watch shows both changes. Ctrl-C stops the server and its Postgres.
