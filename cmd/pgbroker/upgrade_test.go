@@ -34,47 +34,54 @@ const newerSchema = `
 	CREATE TABLE pgbroker.later (x int);
 	UPDATE pgbroker.schema_migrations SET version = version + 1`
 
-// TestServeNewerSchema: a replica that is restarted in the middle of an upgrade comes back, says so once, and does everything;
-// and none of its commands takes the newer schema for its own.
+// TestServeNewerSchema: a replica goes on while the schema becomes a newer one; when it is restarted in the middle of the upgrade
+// it comes back, says so once, and does everything; and none of its commands takes the newer schema for its own.
 func TestServeNewerSchema(t *testing.T) {
 	t.Parallel()
 	database := dbtest.New(t)
-	database.Exec(t, newerSchema)
 	known, newer := fmt.Sprint(migrations.Latest()), fmt.Sprint(migrations.Latest()+1)
 	program := buildProgram(t)
-	for _, migrate := range []string{"--migrate=false", "--migrate"} {
-		t.Run(migrate, func(t *testing.T) {
-			address := freeAddress(t)
-			var log bytes.Buffer
-			replica := exec.CommandContext(t.Context(), program, "serve", "--address", address, migrate)
-			replica.Env = append(os.Environ(), "PGBROKER_DATABASE_URL="+database.ConnString, "PGBROKER_SHARED_SECRET="+servertest.Secret)
-			replica.Stderr = &log
-			t.Cleanup(func() {
-				if t.Failed() {
-					t.Log(log.String())
-				}
-			})
-			if err := replica.Start(); err != nil {
-				t.Fatal(err)
-			}
-			mustTry(t, []string{"PGBROKER_ADDRESS=" + address, "PGBROKER_SHARED_SECRET=" + servertest.Secret}, "health", "--wait", "30s")
-			serves(t, databroker.NewDataBrokerServiceClient(servertest.Dial(t, address, servertest.Secret)))
+	// serve starts a replica. stop ends it and returns the warnings that it has logged.
+	serve := func(args ...string) (client databroker.DataBrokerServiceClient, stop func() []string) {
+		address := freeAddress(t)
+		var log bytes.Buffer
+		replica := exec.CommandContext(t.Context(), program, append([]string{"serve", "--address", address}, args...)...)
+		replica.Env = append(os.Environ(), "PGBROKER_DATABASE_URL="+database.ConnString, "PGBROKER_SHARED_SECRET="+servertest.Secret)
+		replica.Stderr = &log
+		if err := replica.Start(); err != nil {
+			t.Fatal(err)
+		}
+		mustTry(t, []string{"PGBROKER_ADDRESS=" + address, "PGBROKER_SHARED_SECRET=" + servertest.Secret}, "health", "--wait", "30s")
+		return databroker.NewDataBrokerServiceClient(servertest.Dial(t, address, servertest.Secret)), func() (warnings []string) {
 			if err := replica.Process.Signal(syscall.SIGTERM); err != nil {
 				t.Fatal(err)
 			}
 			if err := replica.Wait(); err != nil {
-				t.Error(err)
+				t.Errorf("%v: %s", err, &log)
 			}
-			var warnings []string
 			for line := range strings.Lines(log.String()) {
 				if strings.Contains(line, `"level":"WARN"`) || strings.Contains(line, `"level":"ERROR"`) {
 					warnings = append(warnings, line)
 				}
 			}
-			if len(warnings) != 1 || !strings.Contains(warnings[0], fmt.Sprintf(`"schema":%s,"known":%s}`, newer, known)) {
-				t.Errorf("got warnings %q, want one that names versions %s and %s", warnings, newer, known)
-			}
-		})
+			return warnings
+		}
+	}
+
+	client, stop := serve()
+	serves(t, client)
+	database.Exec(t, newerSchema)
+	serves(t, client)
+	if warnings := stop(); len(warnings) > 0 {
+		t.Errorf("the replica that was there before: got %q", warnings)
+	}
+	for _, migrate := range []string{"--migrate=false", "--migrate"} {
+		client, stop := serve(migrate)
+		serves(t, client)
+		warnings := stop()
+		if len(warnings) != 1 || !strings.Contains(warnings[0], fmt.Sprintf(`"schema":%s,"known":%s}`, newer, known)) {
+			t.Errorf("serve %s: got %q, want one warning that names versions %s and %s", migrate, warnings, newer, known)
+		}
 	}
 
 	env := []string{"PGBROKER_DATABASE_URL=" + database.ConnString}
