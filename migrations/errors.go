@@ -16,7 +16,8 @@ func (e *TooOldError) Error() string {
 		e.Version, e.Latest)
 }
 
-// TooNewError says that the schema was made by a newer program.
+// TooNewError says that the schema was made by a newer program, so that this
+// one cannot tell how to revert it.
 type TooNewError struct {
 	Version uint // of the schema
 	Latest  uint // that this program knows
@@ -24,7 +25,7 @@ type TooNewError struct {
 
 func (e *TooNewError) Error() string {
 	return fmt.Sprintf("the database schema is at version %d, this pgbroker knows versions up to %d; "+
-		"run a newer pgbroker, or with the newer one: pgbroker migrate down %d", e.Version, e.Latest, e.Version-e.Latest)
+		"use the newer pgbroker for this", e.Version, e.Latest)
 }
 
 // DirtyError says that a migration was interrupted that does not run in a
@@ -32,9 +33,14 @@ func (e *TooNewError) Error() string {
 type DirtyError struct {
 	Version  uint // of the interrupted migration
 	Previous uint // the version before it; 0: none
+	Unknown  bool // it is one of a newer program
 }
 
 func (e *DirtyError) Error() string {
+	if e.Unknown {
+		return fmt.Sprintf("the database schema is dirty: migration %d was interrupted, which this pgbroker does not know; "+
+			"run the newer one, which says what to do: pgbroker migrate up", e.Version)
+	}
 	return fmt.Sprintf("the database schema is dirty: migration %d was interrupted; look at what it did, undo the rest of it by hand, "+
 		"run: pgbroker migrate force %d, then: pgbroker migrate up (or, if it did all of its work, run: pgbroker migrate force %d)",
 		e.Version, e.Previous, e.Version)

@@ -24,7 +24,7 @@ func (o Of) Plan(ctx context.Context, cfg *pgx.ConnConfig) ([]Migration, error) 
 	return migrator{o.FS}.plan(ctx, cfg)
 }
 
-func (o Of) Check(ctx context.Context, cfg *pgx.ConnConfig) error {
+func (o Of) Check(ctx context.Context, cfg *pgx.ConnConfig) (uint, error) {
 	return migrator{o.FS}.check(ctx, cfg)
 }
 

@@ -78,13 +78,14 @@ func Latest() uint { return migrator{embedded}.latest() }
 // them.
 func Fingerprint() string { return migrator{embedded}.fingerprint() }
 
-// Up runs all migrations that have not run yet. A schema that is up to date is
-// no error. When ctx ends, the migration that is running is finished and no
+// Up runs all migrations that have not run yet. A schema that is up to date, or
+// newer, is no error. When ctx ends, the migration that is running is finished and no
 // further one started; what has been done stays done.
 func Up(ctx context.Context, cfg *pgx.ConnConfig) error { return migrator{embedded}.up(ctx, cfg) }
 
 // Down reverts the newest migrations, as many as steps says and there are.
-// After the last one nothing of the schema is left. All data in it is lost.
+// After the last one nothing of the schema is left. All data in it is lost. A
+// schema that a newer program made is left alone: a *TooNewError.
 func Down(ctx context.Context, cfg *pgx.ConnConfig, steps int) error {
 	return migrator{embedded}.down(ctx, cfg, steps)
 }
@@ -97,7 +98,7 @@ func Version(ctx context.Context, cfg *pgx.ConnConfig) (version uint, dirty bool
 
 // Force records that the schema is at a version, 0 for none, and clean,
 // without running anything: the way out of a dirty schema, for whoever has
-// looked at it.
+// looked at it. A schema that a newer program made is left alone, as in Down.
 func Force(ctx context.Context, cfg *pgx.ConnConfig, version int) error {
 	return migrator{embedded}.force(ctx, cfg, version)
 }
@@ -107,10 +108,11 @@ func Plan(ctx context.Context, cfg *pgx.ConnConfig) ([]Migration, error) {
 	return migrator{embedded}.plan(ctx, cfg)
 }
 
-// Check returns nil if the schema is the one that this program works with,
-// else a *TooOldError, *TooNewError or *DirtyError, or why it cannot tell. It
-// changes nothing.
-func Check(ctx context.Context, cfg *pgx.ConnConfig) error {
+// Check returns the version of a schema that this program works with, else a
+// *TooOldError or a *DirtyError, or why it cannot tell. A version above Latest
+// is one of a newer program, which leaves in place what this one needs: so
+// replicas can be replaced one by one. Check changes nothing.
+func Check(ctx context.Context, cfg *pgx.ConnConfig) (version uint, err error) {
 	return migrator{embedded}.check(ctx, cfg)
 }
 
@@ -211,6 +213,9 @@ func (m migrator) down(ctx context.Context, cfg *pgx.ConnConfig, steps int) erro
 			if current == 0 {
 				break
 			}
+			if err := m.known(current); err != nil {
+				return err
+			}
 			if err := ctx.Err(); err != nil {
 				return fmt.Errorf("migrations: stopped at version %d: %w", current, err)
 			}
@@ -238,6 +243,13 @@ func (m migrator) force(ctx context.Context, cfg *pgx.ConnConfig, version int) e
 		return fmt.Errorf("migrations: version: got %d, allowed 0 (nothing applied) to %d", version, m.latest())
 	}
 	return m.run(ctx, cfg, func(r *runner) error {
+		current, _, err := r.version()
+		if err != nil {
+			return err
+		}
+		if err := m.known(current); err != nil {
+			return err
+		}
 		if version == 0 {
 			version = database.NilVersion
 		}
@@ -259,36 +271,41 @@ func (m migrator) plan(ctx context.Context, cfg *pgx.ConnConfig) ([]Migration, e
 	return m.after(version)
 }
 
-func (m migrator) check(ctx context.Context, cfg *pgx.ConnConfig) error {
+func (m migrator) check(ctx context.Context, cfg *pgx.ConnConfig) (uint, error) {
 	version, dirty, err := m.version(ctx, cfg)
+	if err != nil {
+		return 0, err
+	}
+	if err := m.usable(version, dirty); err != nil {
+		return 0, err
+	}
+	if version < m.latest() {
+		return 0, &TooOldError{Version: version, Latest: m.latest()}
+	}
+	return version, nil
+}
+
+// usable returns an error if nobody knows what there is of such a schema.
+func (m migrator) usable(version uint, dirty bool) error {
+	if !dirty {
+		return nil
+	}
+	e := &DirtyError{Version: version, Unknown: version > m.latest()}
+	all, err := m.after(0)
 	if err != nil {
 		return err
 	}
-	if err := m.usable(version, dirty); err != nil {
-		return err
+	for _, one := range all {
+		if one.Version < version {
+			e.Previous = one.Version
+		}
 	}
-	if version < m.latest() {
-		return &TooOldError{Version: version, Latest: m.latest()}
-	}
-	return nil
+	return e
 }
 
-// usable returns an error if no migration may run on such a schema.
-func (m migrator) usable(version uint, dirty bool) error {
-	switch {
-	case dirty:
-		e := &DirtyError{Version: version}
-		all, err := m.after(0)
-		if err != nil {
-			return err
-		}
-		for _, one := range all {
-			if one.Version < version {
-				e.Previous = one.Version
-			}
-		}
-		return e
-	case version > m.latest():
+// known returns an error if the files do not reach up to a version.
+func (m migrator) known(version uint) error {
+	if version > m.latest() {
 		return &TooNewError{Version: version, Latest: m.latest()}
 	}
 	return nil
@@ -431,11 +448,20 @@ func prepareSession(ctx context.Context, conn *pgx.Conn) (err error) {
 // clean returns the current version, 0 for none, of a schema on which
 // migrations may run.
 func (r *runner) clean() (uint, error) {
-	version, dirty, err := r.migrate.Version()
-	if err != nil && !errors.Is(err, migrate.ErrNilVersion) {
-		return 0, fmt.Errorf("migrations: read version: %w", err)
+	version, dirty, err := r.version()
+	if err != nil {
+		return 0, err
 	}
 	return version, r.usable(version, dirty)
+}
+
+// version returns the current version, 0 for none, and whether it is dirty.
+func (r *runner) version() (uint, bool, error) {
+	version, dirty, err := r.migrate.Version()
+	if err != nil && !errors.Is(err, migrate.ErrNilVersion) {
+		return 0, false, fmt.Errorf("migrations: read version: %w", err)
+	}
+	return version, dirty, nil
 }
 
 // removeVersionTable removes what is left when every migration is reverted.

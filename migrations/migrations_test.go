@@ -132,8 +132,8 @@ func TestUpDownUp(t *testing.T) {
 		t.Fatal(err)
 	}
 	up := objects(t, d)
-	if err := migrations.Check(ctx, cfg); err != nil {
-		t.Error(err)
+	if v, err := migrations.Check(ctx, cfg); err != nil || v != migrations.Latest() {
+		t.Errorf("got version %d, %v", v, err)
 	}
 	if err := migrations.Up(ctx, cfg); err != nil {
 		t.Errorf("up when there is nothing to do: %v", err)
@@ -302,8 +302,7 @@ func TestConcurrentUp(t *testing.T) {
 	if err := group.Wait(); err != nil {
 		t.Fatal(err)
 	}
-	group.Go(func() error { return migrations.Check(t.Context(), d.Config(t)) })
-	if err := group.Wait(); err != nil {
+	if _, err := migrations.Check(t.Context(), d.Config(t)); err != nil {
 		t.Error(err)
 	}
 }
@@ -351,34 +350,26 @@ func TestCheck(t *testing.T) {
 	ctx, cfg := t.Context(), d.Config(t)
 	var (
 		tooOld *migrations.TooOldError
-		tooNew *migrations.TooNewError
 		dirty  *migrations.DirtyError
 	)
-	if err := two.Check(ctx, cfg); !errors.As(err, &tooOld) || tooOld.Version != 0 || !strings.Contains(err.Error(), "run: pgbroker migrate up") {
+	if _, err := two.Check(ctx, cfg); !errors.As(err, &tooOld) || tooOld.Version != 0 || !strings.Contains(err.Error(), "run: pgbroker migrate up") {
 		t.Errorf("empty: got %v", err)
 	}
 	if err := two.Up(ctx, cfg); err != nil {
 		t.Fatal(err)
 	}
-	if err := two.Check(ctx, cfg); err != nil {
-		t.Errorf("up to date: got %v", err)
+	if v, err := two.Check(ctx, cfg); err != nil || v != 2 {
+		t.Errorf("up to date: got version %d, %v", v, err)
 	}
 	newer := files("0001_one.up.sql", "", "0003_three.up.sql", "")
-	if err := newer.Check(ctx, cfg); !errors.As(err, &tooOld) || tooOld.Version != 2 || tooOld.Latest != 3 {
+	if _, err := newer.Check(ctx, cfg); !errors.As(err, &tooOld) || tooOld.Version != 2 || tooOld.Latest != 3 {
 		t.Errorf("too old: got %v", err)
 	}
-	older := files("0001_one.up.sql", "", "0001_one.down.sql", "")
-	for name, err := range map[string]error{
-		"check": older.Check(ctx, cfg), "up": older.Up(ctx, cfg), "down": older.Down(ctx, cfg, 1),
-	} {
-		if !errors.As(err, &tooNew) || tooNew.Version != 2 || tooNew.Latest != 1 || !strings.Contains(err.Error(), "run a newer pgbroker") {
-			t.Errorf("too new, %s: got %v", name, err)
-		}
-	}
 	d.Exec(t, "UPDATE pgbroker.schema_migrations SET dirty = true")
+	_, checkErr := two.Check(ctx, cfg)
 	_, planErr := two.Plan(ctx, cfg)
 	for name, err := range map[string]error{
-		"check": two.Check(ctx, cfg), "up": two.Up(ctx, cfg), "down": two.Down(ctx, cfg, 1), "plan": planErr,
+		"check": checkErr, "up": two.Up(ctx, cfg), "down": two.Down(ctx, cfg, 1), "plan": planErr,
 	} {
 		if !errors.As(err, &dirty) || dirty.Version != 2 || dirty.Previous != 1 || !strings.Contains(err.Error(), "migrate force 1") {
 			t.Errorf("dirty, %s: got %v", name, err)
@@ -400,6 +391,61 @@ func TestCheck(t *testing.T) {
 	if err := two.Down(ctx, cfg, 0); err == nil || !strings.Contains(err.Error(), "got 0, allowed 1") {
 		t.Errorf("down 0: got %v", err)
 	}
+}
+
+// A schema that a newer program made is good enough, and nothing that this one
+// does changes it.
+func TestNewerSchema(t *testing.T) {
+	t.Parallel()
+	d := dbtest.NewEmpty(t)
+	ctx, cfg := t.Context(), d.Config(t)
+	if err := two.Up(ctx, cfg); err != nil {
+		t.Fatal(err)
+	}
+	older := files("0001_one.up.sql", "", "0001_one.down.sql", "DROP TABLE pgbroker.one;")
+	if v, err := older.Check(ctx, cfg); err != nil || v != 2 {
+		t.Errorf("check: got version %d, %v", v, err)
+	}
+	if todo, err := older.Plan(ctx, cfg); err != nil || len(todo) > 0 {
+		t.Errorf("plan: got %v, %v", todo, err)
+	}
+	if err := older.Up(ctx, cfg); err != nil {
+		t.Errorf("up: got %v", err)
+	}
+	unchanged := func(want string) {
+		t.Helper()
+		if got := version(t, d); got != want {
+			t.Errorf("got version %s, want %s", got, want)
+		}
+		if n := get[int](t, d, "SELECT count(*) FROM pgbroker.one"); n != 2 {
+			t.Errorf("%d rows, want 2", n)
+		}
+	}
+	refused := func(work string, err error) {
+		t.Helper()
+		var tooNew *migrations.TooNewError
+		if !errors.As(err, &tooNew) || tooNew.Version != 2 || tooNew.Latest != 1 || !strings.Contains(err.Error(), "use the newer pgbroker") {
+			t.Errorf("%s: got %v", work, err)
+		}
+	}
+	refused("down", older.Down(ctx, cfg, 1))
+	refused("force", older.Force(ctx, cfg, 1))
+	unchanged("2")
+
+	d.Exec(t, "UPDATE pgbroker.schema_migrations SET dirty = true")
+	_, checkErr := older.Check(ctx, cfg)
+	_, planErr := older.Plan(ctx, cfg)
+	for work, err := range map[string]error{
+		"check": checkErr, "up": older.Up(ctx, cfg), "down": older.Down(ctx, cfg, 1), "plan": planErr,
+	} {
+		var dirty *migrations.DirtyError
+		if !errors.As(err, &dirty) || dirty.Version != 2 || strings.Contains(err.Error(), "migrate force") ||
+			!strings.Contains(err.Error(), "run the newer one, which says what to do: pgbroker migrate up") {
+			t.Errorf("dirty, %s: got %v", work, err)
+		}
+	}
+	refused("force of a dirty one", older.Force(ctx, cfg, 0))
+	unchanged("2 dirty")
 }
 
 // A migration that fails leaves nothing behind, and the next try starts there.
@@ -595,12 +641,12 @@ func TestCheckNeedsLittle(t *testing.T) {
 	d.Exec(t, "GRANT USAGE ON SCHEMA pgbroker TO "+role+"; GRANT SELECT ON pgbroker.schema_migrations TO "+role)
 	cfg := d.Config(t)
 	cfg.RuntimeParams["role"] = role
-	if err := migrations.Check(t.Context(), cfg); err != nil {
+	if _, err := migrations.Check(t.Context(), cfg); err != nil {
 		t.Error(err)
 	}
 	// One without any right is told so.
 	d.Exec(t, "REVOKE ALL ON pgbroker.schema_migrations FROM "+role)
-	if err := migrations.Check(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "permission denied") {
+	if _, err := migrations.Check(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "permission denied") {
 		t.Errorf("got %v, want that permission is denied", err)
 	}
 }

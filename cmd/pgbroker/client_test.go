@@ -36,8 +36,14 @@ func mustTry(t testing.TB, env []string, args ...string) string {
 	if r.code != exitOK {
 		t.Fatalf("%q: exit code %d: %s", args, r.code, r.stderr)
 	}
+	// All JSON has keys of one style, whoever wrote it.
+	if key := camelCaseKey.FindString(r.stdout); key != "" && slices.Contains(args, "json") {
+		t.Errorf("%q: got the key %s, want the style of user_id", args, key)
+	}
 	return r.stdout
 }
+
+var camelCaseKey = regexp.MustCompile(`"[a-z]\w*[A-Z]\w*":`)
 
 var (
 	anyTime    = regexp.MustCompile(`\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(\.\d+)?Z?`)
@@ -57,7 +63,7 @@ func aligned(output string) string {
 	return regexp.MustCompile(` {2,}`).ReplaceAllString(golden(output), "  ")
 }
 
-const sampleSession = `{"id": "s1", "userId": "jane", "oauthToken": {"accessToken": "` + canary + `", "tokenType": "Bearer"}, "idToken": {"raw": "` + canary + `"}}`
+const sampleSession = `{"id": "s1", "user_id": "jane", "oauth_token": {"accessToken": "` + canary + `", "token_type": "Bearer"}, "id_token": {"raw": "` + canary + `"}}`
 
 func TestRecordCommands(t *testing.T) {
 	broker := servertest.New(t, servertest.Options{})
@@ -72,7 +78,7 @@ func TestRecordCommands(t *testing.T) {
 	out := mustTry(t, env, "record", "put", "-t", "session.Session", "-i", "s1", "--data", sampleSession)
 	expect("put", aligned(out), "VERSION  TYPE  ID\nN  session.Session  s1\n")
 	out = mustTry(t, env, "record", "put", "-t", "pomerium.io/DirectoryUser", "-i", "jane", "-d", `{"id": "jane", "email": "jane@example.com", "n": [1, null]}`, "-o", "json")
-	expect("put json", golden(out), `{"version":N,"type":"pomerium.io/DirectoryUser","id":"jane","modifiedAt":"TIME"}`+"\n")
+	expect("put json", golden(out), `{"version":N,"type":"pomerium.io/DirectoryUser","id":"jane","modified_at":"TIME"}`+"\n")
 
 	out = mustTry(t, env, "record", "get", "-t", "session.Session", "-i", "s1")
 	expect("get", golden(out), `type:     type.googleapis.com/session.Session
@@ -82,16 +88,16 @@ modified: TIME
 data:     {
   "@type": "type.googleapis.com/session.Session",
   "id": "s1",
-  "userId": "jane",
-  "idToken": {},
-  "oauthToken": {
-    "tokenType": "Bearer"
+  "user_id": "jane",
+  "id_token": {},
+  "oauth_token": {
+    "token_type": "Bearer"
   }
 }
 `)
 	out = mustTry(t, env, "record", "get", "-t", "type.googleapis.com/session.Session", "-i", "s1", "-o", "json")
-	expect("get json", golden(out), `{"version":N,"type":"type.googleapis.com/session.Session","id":"s1","modifiedAt":"TIME",`+
-		`"data":{"@type":"type.googleapis.com/session.Session","id":"s1","userId":"jane","idToken":{},"oauthToken":{"tokenType":"Bearer"}}}`+"\n")
+	expect("get json", golden(out), `{"version":N,"type":"type.googleapis.com/session.Session","id":"s1","modified_at":"TIME",`+
+		`"data":{"@type":"type.googleapis.com/session.Session","id":"s1","user_id":"jane","id_token":{},"oauth_token":{"token_type":"Bearer"}}}`+"\n")
 	out = mustTry(t, env, "record", "get", "-t", "session.Session", "-i", "s1", "-o", "json", "--show-secrets")
 	if strings.Count(out, canary) != 2 {
 		t.Errorf("get --show-secrets: got %s, want both tokens", out)
@@ -101,12 +107,12 @@ data:     {
 	expect("patch", aligned(out), "VERSION  TYPE  ID\nN  session.Session  s1\n")
 	out = mustTry(t, env, "record", "query", "-t", "session.Session")
 	expect("query", aligned(out), "VERSION  MODIFIED  ID  DATA\n"+
-		`N  TIME  s1  {"id":"s1","userId":"john","idToken":{},"oauthToken":{"tokenType":"Bearer"}}`+"\n")
+		`N  TIME  s1  {"id":"s1","user_id":"john","id_token":{},"oauth_token":{"token_type":"Bearer"}}`+"\n")
 	out = mustTry(t, env, "record", "query", "--filter", `{"email": "jane@example.com"}`)
 	expect("query filter", aligned(out), "VERSION  MODIFIED  TYPE  ID  DATA\n"+
 		`N  TIME  pomerium.io/DirectoryUser  jane  {"email":"jane@example.com","id":"jane","n":[1,null]}`+"\n")
 	out = mustTry(t, env, "record", "query", "--text", "EXAMPLE.com", "-o", "json")
-	expect("query text", golden(out), `{"version":N,"type":"pomerium.io/DirectoryUser","id":"jane","modifiedAt":"TIME","data":`+
+	expect("query text", golden(out), `{"version":N,"type":"pomerium.io/DirectoryUser","id":"jane","modified_at":"TIME","data":`+
 		`{"@type":"type.googleapis.com/google.protobuf.Struct","value":{"email":"jane@example.com","id":"jane","n":[1,null]}}}`+"\n")
 	r := try(t, env, "record", "query", "--limit", "1")
 	if want := "pgbroker: 1 of 2 records; see --limit and --offset\n"; r.stderr != want {
@@ -211,7 +217,7 @@ func TestOptionsCommands(t *testing.T) {
 			t.Errorf("%q: got\n%s", args, got)
 		}
 	}
-	wantJSON := `{"capacity":"7","indexableFields":["a","b"],"ttl":"900s"}` + "\n"
+	wantJSON := `{"capacity":"7","indexable_fields":["a","b"],"ttl":"900s"}` + "\n"
 	if got := mustTry(t, env, "options", "get", "-t", "example.com/x", "-o", "json"); got != wantJSON {
 		t.Errorf("get json: got %s", got)
 	}
@@ -267,13 +273,13 @@ func TestServerCommands(t *testing.T) {
 	if got, want := mustTry(t, env, "checkpoint", "get"), "server version: 18446744073709551615\nrecord version: 7\n"; !strings.HasPrefix(got, want) {
 		t.Errorf("checkpoint get: got %q", got)
 	}
-	if got, want := mustTry(t, env, "checkpoint", "get", "-o", "json"), `{"checkpoint":{"serverVersion":"18446744073709551615","recordVersion":"7"}`; !strings.HasPrefix(got, want) {
+	if got, want := mustTry(t, env, "checkpoint", "get", "-o", "json"), `{"checkpoint":{"server_version":"18446744073709551615","record_version":"7"}`; !strings.HasPrefix(got, want) {
 		t.Errorf("checkpoint get -o json: got %q", got)
 	}
 	if got := mustTry(t, env, "info"); !regexp.MustCompile(`^server version: +[1-9]\d*\nearliest record version: +\d+\nlatest record version: +\d+\n$`).MatchString(got) {
 		t.Errorf("info: got %q", got)
 	}
-	if got := mustTry(t, env, "info", "-o", "json"); !strings.HasPrefix(got, `{"serverVersion":"`) {
+	if got := mustTry(t, env, "info", "-o", "json"); !strings.HasPrefix(got, `{"server_version":"`) {
 		t.Errorf("info -o json: got %q", got)
 	}
 	// Health needs no secret.
@@ -534,7 +540,7 @@ func TestWatch(t *testing.T) {
 		t.Errorf("table: got %q", line)
 	}
 	jsonLines.line(t, `"id":"1"`)
-	if line := jsonLines.line(t, `"deletedAt"`); !strings.Contains(line, `"id":"before"`) {
+	if line := jsonLines.line(t, `"deleted_at"`); !strings.Contains(line, `"id":"before"`) {
 		t.Errorf("json: got %q", line)
 	}
 	for _, w := range []*running{table, jsonLines} {

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"pgbroker/db/embedded"
 )
 
 // canary stands for a secret in tests that look for leaks. It is a shared secret that could be used.
@@ -131,6 +133,17 @@ func TestPrecedence(t *testing.T) {
 			args = append(args, "--"+s.flag()+"="+value(5))
 			check(5, "flag --"+s.flag())
 		})
+	}
+}
+
+// TestPrintEffectiveDefault: where the default depends on who asks, it is shown.
+func TestPrintEffectiveDefault(t *testing.T) {
+	want, err := embedded.DefaultDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := printed(t, nil)["data_dir"]; got.Value != want || got.Origin != "default" {
+		t.Errorf("got %q from %q, want %q, the default", got.Value, got.Origin, want)
 	}
 }
 

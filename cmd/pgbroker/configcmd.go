@@ -32,6 +32,12 @@ masked. It takes the flags of all commands, so that the effect of a command line
 			for i := range settings {
 				s := &settings[i]
 				value := settingValue{s.name, cfg.show(s), cfg.origin(s.name)}
+				if value.Value == "" && s.effective != nil {
+					var err error
+					if value.Value, err = s.effective(&cfg.Config); err != nil {
+						a.say("%s: %v", cfg.describe(s.name), err)
+					}
+				}
 				if a.output == outputJSON {
 					if err := a.writeJSON(value); err != nil {
 						return err

@@ -57,10 +57,22 @@ func (a *app) migrateUpCommand() *cobra.Command {
 			for _, m := range todo {
 				fmt.Fprintf(a.stdout, "%04d %s\n", m.Version, m.Name)
 			}
-			_, err = fmt.Fprintf(a.stdout, "the schema is at version %d, the latest\n", migrations.Latest())
+			version, err := migrations.Check(ctx, database)
+			if err != nil {
+				return err
+			}
+			_, err = fmt.Fprintf(a.stdout, "the schema is at version %s\n", latestOrNewer(version))
 			return err
 		}),
 	})
+}
+
+// latestOrNewer describes the version of a schema on which there is nothing to do.
+func latestOrNewer(version uint) string {
+	if known := migrations.Latest(); version > known {
+		return fmt.Sprintf("%d, newer than this pgbroker, which knows versions up to %d", version, known)
+	}
+	return fmt.Sprintf("%d, the latest", version)
 }
 
 func (a *app) migrateDownCommand() *cobra.Command {
@@ -118,8 +130,11 @@ func (a *app) migrateVersionCommand() *cobra.Command {
 				return a.writeJSON(schemaVersion{version, migrations.Latest(), dirty})
 			}
 			note := ""
+			if version > migrations.Latest() {
+				note = ", newer than this pgbroker"
+			}
 			if dirty {
-				note = ", dirty"
+				note += ", dirty"
 			}
 			_, err = fmt.Fprintf(a.stdout, "%d of %d%s\n", version, migrations.Latest(), note)
 			return err
@@ -146,7 +161,11 @@ func (a *app) migratePlanCommand() *cobra.Command {
 				return err
 			}
 			if len(todo) == 0 {
-				a.say("nothing to do: the schema is at version %d, the latest", migrations.Latest())
+				version, err := migrations.Check(ctx, database)
+				if err != nil {
+					return err
+				}
+				a.say("nothing to do: the schema is at version %s", latestOrNewer(version))
 			}
 			for _, m := range todo {
 				switch {

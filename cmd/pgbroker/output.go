@@ -149,9 +149,10 @@ func clean(text string) string {
 // cell makes a text safe to show in one line.
 func cell(text string) string { return strings.ReplaceAll(clean(text), "\n", `\n`) }
 
-// toJSON is protojson in one line. Its whitespace is random by design, which would make output differ from run to run.
+// toJSON is protojson in one line, with the names of fields that SQL, filters and masks have too. Its whitespace is random by
+// design, which would make output differ from run to run.
 func toJSON(m proto.Message) (json.RawMessage, error) {
-	b, err := protojson.Marshal(m)
+	b, err := protojson.MarshalOptions{UseProtoNames: true}.Marshal(m)
 	if err != nil {
 		return nil, err
 	}

@@ -117,7 +117,7 @@ func TestRedact(t *testing.T) {
 		}
 	}
 	shown, err := payloadJSON(inner, false)
-	if err != nil || strings.Contains(string(shown), canary) || !strings.Contains(string(shown), `"tokenType":"Bearer"`) {
+	if err != nil || strings.Contains(string(shown), canary) || !strings.Contains(string(shown), `"token_type":"Bearer"`) {
 		t.Errorf("got %s, %v", shown, err)
 	}
 	// A payload that cannot be shown as JSON is shown as bytes, but not with its secrets.

@@ -172,7 +172,7 @@ The payload is given as JSON in the form that protobuf prescribes. Its message i
 type URL, and google.protobuf.Struct (any JSON object) otherwise; --payload-type or a member "@type" name another one.
 
 ` + typeHelp,
-		Example: `  pgbroker record put -t session.Session -i 4fb2 --data '{"id": "4fb2", "userId": "jane", "expiresAt": "2030-01-01T00:00:00Z"}'
+		Example: `  pgbroker record put -t session.Session -i 4fb2 --data '{"id": "4fb2", "user_id": "jane", "expires_at": "2030-01-01T00:00:00Z"}'
   pgbroker record put -t pomerium.io/DirectoryUser -i jane --data '{"id": "jane", "email": "jane@example.com"}'
   pgbroker record put -t example.com/Thing -i 1 --data @thing.json`,
 		RunE: a.call(func(ctx context.Context, _ *cobra.Command, c *client) error {

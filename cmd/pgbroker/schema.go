@@ -126,7 +126,7 @@ func (a *app) showMessages(name string, definitions schema.Definitions) error {
 type storedSchema struct {
 	Name       string `json:"name"`
 	Messages   int    `json:"messages"`
-	ModifiedAt string `json:"modifiedAt"`
+	ModifiedAt string `json:"modified_at"`
 	Problem    string `json:"problem,omitempty"`
 }
 

@@ -111,7 +111,7 @@ func (a *app) serve(ctx context.Context, cfg *configuration) (err error) {
 		return err
 	}
 
-	// The server does not run on a schema that it does not know. While the database cannot be asked it runs all the same, so
+	// The server does not run on a schema that lacks something. While the database cannot be asked it runs all the same, so
 	// that clients hear why nothing works instead of finding nobody.
 	unavailable := prepareSchema(ctx, cfg, database, log)
 	if unavailable != nil && !db.IsUnavailable(unavailable) {
@@ -199,17 +199,30 @@ func buildInfo() prometheus.Collector {
 	}, func() float64 { return 1 })
 }
 
-// prepareSchema makes sure that the schema is the one that this program works with, by migrating it if that is wanted.
+// prepareSchema makes sure that this program works with the schema, by migrating it if that is wanted. A newer schema is served,
+// so that a replica that restarts while others are being upgraded comes back.
 func prepareSchema(ctx context.Context, cfg *configuration, database *db.DB, log *slog.Logger) error {
-	if !cfg.Migrate {
-		return migrations.Check(ctx, database.ConnConfig())
+	if cfg.Migrate {
+		todo, err := migrations.Plan(ctx, database.ConnConfig())
+		if err != nil {
+			return err
+		}
+		if len(todo) > 0 {
+			log.Info("migrating the schema", "migrations", len(todo), "to", migrations.Latest())
+			if err := migrations.Up(ctx, database.ConnConfig()); err != nil {
+				return err
+			}
+		}
 	}
-	todo, err := migrations.Plan(ctx, database.ConnConfig())
-	if err != nil || len(todo) == 0 {
+	version, err := migrations.Check(ctx, database.ConnConfig())
+	if err != nil {
 		return err
 	}
-	log.Info("migrating the schema", "migrations", len(todo), "to", migrations.Latest())
-	return migrations.Up(ctx, database.ConnConfig())
+	if known := migrations.Latest(); version > known {
+		log.Warn("the database schema is newer than this pgbroker, which is meant for the time of an upgrade: replace it by the newer one",
+			"schema", version, "known", known)
+	}
+	return nil
 }
 
 // awaitSchema is prepareSchema for a database that cannot be reached yet.
@@ -342,7 +355,7 @@ pgbroker is ready.
 Try, in a second terminal:
 
   %[5]s watch%[6]s
-  %[5]s record put --type session.Session --id demo --data '{"id": "demo", "userId": "jane"}'%[6]s
+  %[5]s record put --type session.Session --id demo --data '{"id": "demo", "user_id": "jane"}'%[6]s
   %[4]s -c "DELETE FROM pgbroker.sessions WHERE id = 'demo'"
 
 The watch shows both changes. Ctrl-C stops the server and its Postgres.

@@ -79,7 +79,7 @@ func TestServeEmbedded(t *testing.T) {
 
 	mustTry(t, env, "health", "--wait", "30s")
 	watch := start(t, env, "watch", "--since", "0")
-	mustTry(t, env, "record", "put", "-t", "session.Session", "-i", "demo", "-d", `{"id": "demo", "userId": "jane"}`)
+	mustTry(t, env, "record", "put", "-t", "session.Session", "-i", "demo", "-d", `{"id": "demo", "user_id": "jane"}`)
 	mustTry(t, env, "record", "put", "-t", "session.Session", "-i", "stays", "-d", `{"id": "stays"}`)
 	watch.line(t, "demo")
 	out, err := exec.Command("sh", "-c", psql+` -c "DELETE FROM pgbroker.sessions WHERE id = 'demo'"`).CombinedOutput()

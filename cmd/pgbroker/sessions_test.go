@@ -100,7 +100,7 @@ func TestSessionsListAndShow(t *testing.T) {
 	if golden(out) != want {
 		t.Errorf("got %s, want %s", golden(out), want)
 	}
-	if out := mustTry(t, env, "sessions", "show", "joe"); !strings.Contains(out, `"userId": "joe"`) || strings.Contains(out, canary) {
+	if out := mustTry(t, env, "sessions", "show", "joe"); !strings.Contains(out, `"user_id": "joe"`) || strings.Contains(out, canary) {
 		t.Errorf("sessions show: %s", out)
 	}
 	if r := try(t, env, "sessions", "show", "nobody"); r.code != exitNotFound {

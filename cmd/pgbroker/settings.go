@@ -82,6 +82,8 @@ type setting struct {
 	field func(*Config) any
 	// def is the default as a user would write it; empty means none.
 	def string
+	// effective returns what counts where nothing is set and def is not the same for everybody. It may be nil.
+	effective func(*Config) (string, error)
 	// pomerium is Pomerium's configuration key for the same thing. Its environment variable is the same in capitals.
 	pomerium string
 	// secret values are never shown; conn values are shown without their password.
@@ -233,7 +235,7 @@ var settings = []setting{
 
 	{
 		group: "Embedded mode", name: "data_dir", use: useServe | useClient | usePsql,
-		field: func(c *Config) any { return &c.DataDir },
+		field: func(c *Config) any { return &c.DataDir }, effective: (*Config).dataDir,
 		help: "Directory of the private Postgres and of the shared secret that goes with it. Default: pgbroker in the user's " +
 			"state directory ($XDG_STATE_HOME or ~/.local/state), or /var/lib/pgbroker for root. Clients look there for the secret.",
 	},

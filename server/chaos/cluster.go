@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -21,6 +22,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health/grpc_health_v1"
 
+	"pgbroker/db"
 	"pgbroker/db/dbtest"
 	"pgbroker/db/embedded"
 	"pgbroker/migrations"
@@ -31,7 +33,7 @@ import (
 // secret is the shared secret of the run: base64 of 32 bytes.
 const secret = "Y2hhb3Mgc2hhcmVkIHNlY3JldCwgMzIgYnl0ZXMuLi4="
 
-// role is who the replicas are in the database: nobody special, with what the README grants.
+// role is who the replicas are in the database: nobody special, with what `pgbroker migrate grants` grants.
 const (
 	role         = "pgbroker_app"
 	rolePassword = "chaos-password"
@@ -43,15 +45,16 @@ const diskMegabytes = 320
 // Cluster is a PostgreSQL server and replicas, each a process, with a link before each replica and another
 // behind it.
 type Cluster struct {
-	recorder *recorder
-	postgres *dbtest.Postgres
-	replicas []*replica
-	dir      string // logs
-	disk     string // where the database's small file system is; "" if it has none
-	noDisk   error  // why not
-	current  string // program
-	previous string // program of an earlier revision; "" if there is none
-	skewed   string // program with a wrong clock; "" if there is none
+	recorder   *recorder
+	postgres   *dbtest.Postgres
+	replicas   []*replica
+	dir        string // logs
+	disk       string // where the database's small file system is; "" if it has none
+	noDisk     error  // why not
+	current    string // program
+	previous   string // program of an earlier revision; "" if there is none
+	noPrevious error  // why not
+	skewed     string // program with a wrong clock; "" if there is none
 }
 
 // replica is one replica, which may be running or not.
@@ -83,11 +86,13 @@ func newCluster(t testing.TB, dir string, replicas int, c *Cluster) {
 	if err := migrations.Up(t.Context(), config); err != nil {
 		t.Fatal(err)
 	}
-	c.postgres.Exec(`
-		CREATE ROLE ` + role + ` LOGIN PASSWORD '` + rolePassword + `';
-		GRANT USAGE ON SCHEMA pgbroker TO ` + role + `;
-		GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON ALL TABLES IN SCHEMA pgbroker TO ` + role + `;
-		GRANT SELECT, UPDATE ON ALL SEQUENCES IN SCHEMA pgbroker TO ` + role + `;
+	if c.previous != "" {
+		if c.noPrevious = c.tryPrevious(t.Context()); c.noPrevious != nil {
+			c.previous = ""
+		}
+	}
+	c.postgres.Exec(grants(t, config) + `
+		ALTER ROLE ` + role + ` PASSWORD '` + rolePassword + `';
 	` + journalSQL)
 	for i := range replicas {
 		c.replicas = append(c.replicas, c.newReplica(t, i))
@@ -102,6 +107,31 @@ func newCluster(t testing.TB, dir string, replicas int, c *Cluster) {
 			t.Fatal(err)
 		}
 	}
+}
+
+// tryPrevious tells whether the earlier program accepts a schema that is newer than it knows. Those from before
+// that was promised do not.
+func (c *Cluster) tryPrevious(ctx context.Context) error {
+	cmd := exec.CommandContext(ctx, c.previous, "migrate", "plan", "--database-url", c.postgres.SocketConnString())
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("it does not accept today's schema: %s", bytes.TrimSpace(out))
+	}
+	return nil
+}
+
+// grants returns the statements that make the replicas' role, as `pgbroker migrate grants` prints them.
+func grants(t testing.TB, config *pgx.ConnConfig) string {
+	t.Helper()
+	conn, err := pgx.ConnectConfig(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.Background())
+	statements, err := db.New(conn).Grants(t.Context(), db.GrantsParams{Server: role})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Join(statements, "\n")
 }
 
 // makeDisk gives the database a small file system, where that is possible.

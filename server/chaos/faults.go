@@ -101,7 +101,7 @@ func newInjector(c *Cluster, r *recorder, config Config, log func(string, ...any
 		in.skipped["disk full"] = c.noDisk.Error()
 	}
 	if c.previous == "" {
-		in.skipped["replica of the previous version"] = "no previous program was built"
+		in.skipped["replica of the previous version"] = c.noPrevious.Error()
 	}
 	if c.skewed == "" {
 		in.skipped["replica with a wrong clock"] = "no program with a wrong clock was built"

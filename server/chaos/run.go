@@ -7,6 +7,7 @@ package chaos
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -143,15 +144,14 @@ func buildPrograms(t testing.TB, config Config, dir string) *Cluster {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &Cluster{current: filepath.Join(dir, "pgbroker")}
+	c := &Cluster{current: filepath.Join(dir, "pgbroker"), noPrevious: errors.New("none was asked for")}
 	if err := build(ctx, root, c.current); err != nil {
 		t.Fatal(err)
 	}
 	if config.Previous != "" {
 		c.previous = filepath.Join(dir, "pgbroker-previous")
 		if err := buildRevision(ctx, root, config.Previous, dir, c.previous); err != nil {
-			fmt.Fprintf(config.Output, "no previous version: %v\n", err)
-			c.previous = ""
+			c.previous, c.noPrevious = "", err
 		}
 	}
 	if config.Skew {

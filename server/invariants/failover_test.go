@@ -283,6 +283,36 @@ func TestI5_DumpAndRestore(t *testing.T) {
 	}
 }
 
+// TestI5_TheFirstConnectionBeginsTheEpoch: not the first write, because until then versions of the server that was left pass for
+// those of this one. It looks at the cluster, which a dump restored elsewhere changes, and at the timeline.
+func TestI5_TheFirstConnectionBeginsTheEpoch(t *testing.T) {
+	t.Parallel()
+	for _, left := range []string{
+		"system_identifier = system_identifier + 1, server_started = server_started - interval '1 day'", "timeline = timeline + 1",
+	} {
+		t.Run(left, func(t *testing.T) {
+			t.Parallel()
+			database := dbtest.New(t)
+			database.Exec(t, "UPDATE pgbroker.state SET "+left)
+			for range 2 { // the second one finds it begun
+				replica, err := db.Open(t.Context(), db.Config{ConnString: database.ConnString})
+				if err != nil {
+					t.Fatal(err)
+				}
+				_, err = db.New(replica).StateGet(t.Context())
+				replica.Close()
+				if err != nil {
+					t.Fatal(err)
+				}
+				var n int
+				if err := database.Pool.QueryRow(t.Context(), `SELECT count(*) FROM pgbroker.epochs`).Scan(&n); err != nil || n != 1 {
+					t.Errorf("%d epochs have begun (%v), want 1", n, err)
+				}
+			}
+		})
+	}
+}
+
 // contentOf returns what the triggers keep, to see that none of them fires during a restore. (The epoch begins
 // as soon as a replica finds the server.)
 func contentOf(t testing.TB, p *dbtest.Postgres) string {
