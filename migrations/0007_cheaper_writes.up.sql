@@ -39,6 +39,20 @@ $$;
 COMMENT ON FUNCTION pgbroker.put_search_texts(text[], text[], text[]) IS
   'Sets the texts of records, given as parallel arrays, that differ. Empty text stands for none. Call under the order lock.';
 REVOKE EXECUTE ON FUNCTION pgbroker.put_search_texts(text[], text[], text[]) FROM PUBLIC;
+-- Replicas that run write on, until they are given the rights that a newer one needs.
+DO $$
+DECLARE
+  writer text;
+BEGIN
+  FOR writer IN
+    SELECT DISTINCT CASE p.grantee WHEN 0 THEN 'PUBLIC' ELSE p.grantee::regrole::text END
+    FROM pg_class c CROSS JOIN aclexplode(c.relacl) p
+    WHERE c.oid = 'pgbroker.records'::regclass AND p.privilege_type = 'UPDATE'
+  LOOP
+    EXECUTE format('GRANT EXECUTE ON FUNCTION pgbroker.put_search_texts(text[], text[], text[]) TO %s', writer);
+  END LOOP;
+END
+$$;
 
 -- ---------------------------------------------------------------------------------------------
 -- The order lock
