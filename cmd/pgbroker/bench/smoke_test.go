@@ -254,7 +254,7 @@ func TestLimitsCommand(t *testing.T) {
 			t.Errorf("%s: got %+v", r.Work, r)
 		}
 	}
-	if byTarget[bareName] != 10 || byTarget[postgresName] != 6 {
+	if byTarget[bareName] != 10 || byTarget[postgresName] != 7 {
 		t.Errorf("got %v", byTarget)
 	}
 	var left int
