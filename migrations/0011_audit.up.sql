@@ -239,22 +239,19 @@ BEGIN
 
   IF server <> '' THEN
     FOR relation IN
-      SELECT CASE c.relname
-               WHEN 'records'           THEN 'SELECT, INSERT, UPDATE, DELETE, TRUNCATE'
-               WHEN 'record_types'      THEN 'SELECT, INSERT, UPDATE'
-               WHEN 'epochs'            THEN 'SELECT, INSERT'
-               WHEN 'state'             THEN 'SELECT, UPDATE'
-               WHEN 'checkpoint'        THEN 'SELECT, UPDATE'
-               WHEN 'changes'           THEN 'SELECT, DELETE'
-               WHEN 'audit'             THEN 'SELECT, DELETE'
-               WHEN 'search_texts'      THEN 'SELECT'
-               WHEN 'versions'          THEN 'SELECT'
-               WHEN 'schema_migrations' THEN 'SELECT'
+      SELECT CASE
+               WHEN c.relkind = 'v'                                  THEN 'SELECT'
+               WHEN c.relname = 'records'                            THEN 'SELECT, INSERT, UPDATE, DELETE, TRUNCATE'
+               WHEN c.relname = 'record_types'                       THEN 'SELECT, INSERT, UPDATE'
+               WHEN c.relname = 'epochs'                             THEN 'SELECT, INSERT'
+               WHEN c.relname IN ('state', 'checkpoint')             THEN 'SELECT, UPDATE'
+               WHEN c.relname IN ('changes', 'audit')                THEN 'SELECT, DELETE'
+               WHEN c.relname IN ('search_texts', 'schema_migrations') THEN 'SELECT'
                ELSE 'SELECT, INSERT, UPDATE, DELETE'
              END AS privileges,
              string_agg('pgbroker.' || quote_ident(c.relname), ', ' ORDER BY c.relname) AS names
       FROM pg_class c
-      WHERE c.relnamespace = 'pgbroker'::regnamespace AND (c.relkind = 'r' OR c.relname = 'versions')
+      WHERE c.relnamespace = 'pgbroker'::regnamespace AND c.relkind IN ('r', 'v')
       GROUP BY 1 ORDER BY 1
     LOOP
       RETURN NEXT format('GRANT %s ON %s TO %I;', relation.privileges, relation.names, server);

@@ -30,7 +30,10 @@ import (
 func limited(t *testing.T, limits server.Limits) (*servertest.Broker, *prometheus.Registry) {
 	t.Helper()
 	registry := prometheus.NewRegistry()
-	return servertest.New(t, servertest.Options{Configure: withMetrics(registry, func(c *server.Config) { c.Limits = limits })}), registry
+	return servertest.New(t, servertest.Options{
+		Configure:   withMetrics(registry, func(c *server.Config) { c.Limits = limits }),
+		ConfigureDB: func(c *db.Config) { c.LockTimeout = time.Minute }, // what waits for a test is not to end before it
+	}), registry
 }
 
 // wantRefused fails unless a limit has refused as many as the metric is to say.
@@ -129,8 +132,8 @@ func TestLimitOfRequests(t *testing.T) {
 	}
 	await(t, "three requests that wait", func() bool {
 		var n int
-		if err := b.Database.Pool.QueryRow(t.Context(), `SELECT count(*) FROM pg_locks WHERE NOT granted
-			AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`).Scan(&n); err != nil {
+		if err := b.Database.Pool.QueryRow(t.Context(), `SELECT count(*) FROM pg_stat_activity
+			WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE '-- name: Record%'`).Scan(&n); err != nil {
 			t.Fatal(err)
 		}
 		return n == 3
@@ -166,8 +169,8 @@ func TestLimitOfRequestBytes(t *testing.T) {
 	go func() { waiting <- large() }()
 	await(t, "a request that waits", func() bool {
 		var n int
-		if err := b.Database.Pool.QueryRow(t.Context(), `SELECT count(*) FROM pg_locks WHERE NOT granted
-			AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`).Scan(&n); err != nil {
+		if err := b.Database.Pool.QueryRow(t.Context(), `SELECT count(*) FROM pg_stat_activity
+			WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE '-- name: Record%'`).Scan(&n); err != nil {
 			t.Fatal(err)
 		}
 		return n == 1
