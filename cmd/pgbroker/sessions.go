@@ -402,8 +402,10 @@ func revokeSessions(ctx context.Context, c *client, sessions []foundSession) (re
 // usersOf names the users of sessions, a few of them.
 func usersOf(sessions []foundSession) string {
 	var users []string
+	known := make(map[string]bool)
 	for _, s := range sessions {
-		if id := s.session.GetUserId(); !slices.Contains(users, id) {
+		if id := s.session.GetUserId(); !known[id] {
+			known[id] = true
 			users = append(users, id)
 		}
 	}
