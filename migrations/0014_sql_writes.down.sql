@@ -13,7 +13,7 @@ ALTER FUNCTION pgbroker.write_records(text[], text[], boolean[], bytea[], text[]
 DROP FUNCTION pgbroker.project_records(text[], text[], bigint[], text[], text[], text[]);
 DROP FUNCTION pgbroker.keep_version();
 DROP FUNCTION pgbroker.encode_record();
-DROP FUNCTION pgbroker.encode_payload(text, bytea, jsonb, jsonb);
+DROP FUNCTION pgbroker.encode_payload(text, bytea, jsonb, jsonb, text);
 DROP FUNCTION pgbroker.index_cidr(jsonb);
 DROP FUNCTION pgbroker.search_text(text, jsonb);
 DROP FUNCTION pgbroker.searched_texts(text, jsonb);

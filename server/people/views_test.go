@@ -121,6 +121,13 @@ func TestViewsNameNoPayload(t *testing.T) {
 	if got := column[string](t, d, secret); !slices.Equal(got, []string{"careless.payload"}) {
 		t.Errorf("this test finds %v", got)
 	}
+	// Such a view of a user's is not for readers, nor is what is made of it; others are.
+	d.Exec(t, `CREATE VIEW pgbroker.careless_too AS SELECT * FROM pgbroker.careless`)
+	d.Exec(t, `CREATE VIEW pgbroker.harmless AS SELECT id FROM pgbroker.users`)
+	grants := strings.Join(column[string](t, d, `SELECT pgbroker.grants('r', 'w', NULL)`), "\n")
+	if strings.Contains(grants, "careless") || !strings.Contains(grants, "pgbroker.harmless") {
+		t.Errorf("the grants are\n%s", grants)
+	}
 }
 
 // TestViewsWithMalformedRecords: what is malformed in one record is NULL in its row, and the other rows are
