@@ -1017,7 +1017,7 @@ BEGIN
     old_payload := NEW.payload;
     before := OLD.data;
   END IF;
-  SELECT * INTO one FROM pgbroker.encode_payload(NEW.type, old_payload, before, NEW.data);
+  SELECT * INTO one FROM pgbroker.encode_payload(NEW.type, old_payload, before, NEW.data, NEW.id);
   NEW.payload := one.payload;
   NEW.data := one.data;
   NEW.search_text := one.search_text;
