@@ -114,7 +114,7 @@ COMMENT ON FUNCTION pgbroker.set_user_limit(text, integer) IS
 
 CREATE FUNCTION pgbroker.expire_records(max_rows bigint) RETURNS bigint
   LANGUAGE plpgsql
-  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
   AS $$
 DECLARE
   ended bigint;
@@ -133,7 +133,7 @@ COMMENT ON FUNCTION pgbroker.expire_records(bigint) IS
 
 CREATE FUNCTION pgbroker.expire_by_ttl(record_type text, max_rows bigint) RETURNS bigint
   LANGUAGE plpgsql
-  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
   AS $$
 DECLARE
   ended bigint;
@@ -157,7 +157,7 @@ COMMENT ON FUNCTION pgbroker.expire_by_ttl(text, bigint) IS
 
 CREATE FUNCTION pgbroker.end_idle_records(record_type text, ids text[], versions bigint[]) RETURNS bigint
   LANGUAGE plpgsql
-  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
   AS $$
 DECLARE
   ended bigint;
@@ -174,7 +174,7 @@ COMMENT ON FUNCTION pgbroker.end_idle_records(text, text[], bigint[]) IS
 
 CREATE FUNCTION pgbroker.end_excess_records(record_type text, ids text[], versions bigint[]) RETURNS bigint
   LANGUAGE plpgsql
-  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
   AS $$
 DECLARE
   ended bigint;

@@ -1064,7 +1064,7 @@ CREATE TRIGGER records_unstamp BEFORE UPDATE OF data ON pgbroker.records
 CREATE FUNCTION pgbroker.project_records(
   types text[], ids text[], versions bigint[], projections text[], search_texts text[], index_cidrs text[]) RETURNS bigint
   LANGUAGE plpgsql
-  SET pgbroker.writer = 'projector' SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+  SET pgbroker.writer = 'projector' SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
   AS $$
 DECLARE
   projected bigint;
@@ -1165,7 +1165,7 @@ CREATE FUNCTION pgbroker.write_differences(
   record_type text, after bigint, upto bigint, OUT inserted bigint, OUT updated bigint, OUT deleted bigint)
   LANGUAGE plpgsql
   -- By key, whatever is known of the temporary table.
-  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET pgbroker.writer = 'replica'
+  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off SET pgbroker.writer = 'replica'
   AS $$
 BEGIN
   DELETE FROM pgbroker.records AS r USING pg_temp.staged_differences AS d
