@@ -216,6 +216,12 @@ func TestWriterReadsNoPayload(t *testing.T) {
 		v.expect(t, denied, `CREATE TRIGGER t AFTER INSERT ON evil.t REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION pgbroker.`+function+`()`)
 	}
 
+	// Bulk loads compare with payloads: they are for the server's role.
+	bulk := []string{`SELECT pgbroker.stage_records('{"jane": {"email": "new@example.com"}}')`, `SELECT pgbroker.replace_records('pomerium.io/DirectoryUser')`}
+	v.expect(t, "", bulk[0])
+	v.expect(t, denied, bulk[1])
+	g.visit(t, g.server).expect(t, "", bulk...)
+
 	// Versions are those of the sequence, whoever is first on the path.
 	v.expect(t, "",
 		`CREATE FUNCTION evil.nextval(regclass) RETURNS bigint LANGUAGE sql AS 'SELECT 1::bigint << 62'`,
