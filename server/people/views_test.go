@@ -257,6 +257,10 @@ func TestLookUpsReadWhatTheyShow(t *testing.T) {
 			t.Errorf("%s\nis planned as\n%s", test.statement, plan)
 		}
 	}
+	// The planner knows that users have few sessions: each has three here; it would take them for a 200th of all, which is 30.
+	if plan := explain(t, d, "SET LOCAL jit = off", `EXPLAIN SELECT * FROM pgbroker.sessions WHERE user_id = 'u7'`); !regexp.MustCompile(`rows=[1-4] `).MatchString(plan) {
+		t.Errorf("the sessions of a user are planned as\n%s", plan)
+	}
 	// Of the directory nothing says who is in a group, so that is read; of the sessions those of the members only.
 	members := `SELECT s.id FROM pgbroker.directory_members m JOIN pgbroker.sessions s USING (user_id) WHERE m.group_name = 'G7'`
 	if plan := explain(t, d, "SET LOCAL jit = off", "EXPLAIN "+members); !strings.Contains(plan, "records_session_user") {
