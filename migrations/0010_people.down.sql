@@ -19,8 +19,29 @@ DROP VIEW pgbroker.identity_bindings;
 DROP VIEW pgbroker.session_binding_requests;
 DROP VIEW pgbroker.session_bindings;
 ALTER VIEW pgbroker.directory_groups RESET (security_barrier);
-ALTER VIEW pgbroker.directory_users RESET (security_barrier);
-ALTER VIEW pgbroker.users RESET (security_barrier);
+
+CREATE OR REPLACE VIEW pgbroker.directory_users AS
+  SELECT
+    r.id,
+    r.data ->> 'display_name' AS display_name,
+    r.data ->> 'email'        AS email,
+    r.data -> 'group_ids'     AS group_ids,
+    r.version,
+    r.modified_at
+  FROM pgbroker.records r
+  WHERE r.type = 'pomerium.io/DirectoryUser';
+
+CREATE OR REPLACE VIEW pgbroker.users AS
+  SELECT
+    r.id,
+    r.data ->> 'name'                    AS name,
+    r.data ->> 'email'                   AS email,
+    r.data -> 'device_credential_ids'    AS device_credential_ids,
+    r.data -> 'claims'                   AS claims,
+    r.version,
+    r.modified_at
+  FROM pgbroker.records r
+  WHERE r.type = 'type.googleapis.com/user.User';
 
 DROP VIEW pgbroker.service_accounts;
 CREATE VIEW pgbroker.service_accounts AS
@@ -95,6 +116,7 @@ COMMENT ON COLUMN pgbroker.sessions.version IS 'Record version of the latest wri
 COMMENT ON COLUMN pgbroker.sessions.modified_at IS 'Time of the latest write.';
 
 DROP VIEW pgbroker.session_data;
+DROP STATISTICS pgbroker.records_session_user;
 DROP INDEX pgbroker.records_session_user;
 DROP FUNCTION pgbroker.end_excess_records(text, text[], bigint[]);
 DROP FUNCTION pgbroker.end_idle_records(text, text[], bigint[]);

@@ -1,9 +1,10 @@
 -- What people see: one view per known type with typed columns, joined views, and the lifetime of records.
 --
 -- A view names no payload and nothing secret. Its columns come from the projection, and what is malformed
--- there is NULL in its row and breaks nothing else. All but sessions are security barriers: a function that
--- a reader brings along gets to see no row of another type. The time is that of the statement: a function
--- that may change its mind from row to row would keep PostgreSQL from leaving out columns that nobody asks for.
+-- there is NULL in its row and breaks nothing else. A function that a reader brings along gets to see no data of another
+-- type: most views are security barriers, and those that are joined to others guard their columns themselves. The time is
+-- that of the statement: a function that may change its mind from row to row would keep PostgreSQL from leaving out columns
+-- that nobody asks for.
 
 -- ---------------------------------------------------------------------------------------------
 -- Time in payloads
@@ -113,7 +114,7 @@ COMMENT ON FUNCTION pgbroker.set_user_limit(text, integer) IS
 
 CREATE FUNCTION pgbroker.expire_records(max_rows bigint) RETURNS bigint
   LANGUAGE plpgsql
-  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
   AS $$
 DECLARE
   ended bigint;
@@ -132,7 +133,7 @@ COMMENT ON FUNCTION pgbroker.expire_records(bigint) IS
 
 CREATE FUNCTION pgbroker.expire_by_ttl(record_type text, max_rows bigint) RETURNS bigint
   LANGUAGE plpgsql
-  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
   AS $$
 DECLARE
   ended bigint;
@@ -156,7 +157,7 @@ COMMENT ON FUNCTION pgbroker.expire_by_ttl(text, bigint) IS
 
 CREATE FUNCTION pgbroker.end_idle_records(record_type text, ids text[], versions bigint[]) RETURNS bigint
   LANGUAGE plpgsql
-  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
   AS $$
 DECLARE
   ended bigint;
@@ -173,7 +174,7 @@ COMMENT ON FUNCTION pgbroker.end_idle_records(text, text[], bigint[]) IS
 
 CREATE FUNCTION pgbroker.end_excess_records(record_type text, ids text[], versions bigint[]) RETURNS bigint
   LANGUAGE plpgsql
-  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
   AS $$
 DECLARE
   ended bigint;
@@ -192,15 +193,20 @@ COMMENT ON FUNCTION pgbroker.end_excess_records(text, text[], bigint[]) IS
 -- Sessions
 -- ---------------------------------------------------------------------------------------------
 
--- On index_fields, which a write changes only if a field in it changes: updates stay HOT.
-CREATE INDEX records_session_user ON pgbroker.records ((left(index_fields ->> 'user_id', 600)))
+-- On index_fields, which a write changes only if a field in it changes: updates stay HOT. The collation is that of ids, or
+-- the index could not be used to join users with their sessions.
+CREATE INDEX records_session_user ON pgbroker.records ((left(index_fields ->> 'user_id', 600) COLLATE "C"))
   WHERE type = 'type.googleapis.com/session.Session';
 COMMENT ON INDEX pgbroker.records_session_user IS 'The view sessions by user_id: who is logged in, and revoking by hand.';
+
+-- PostgreSQL does not ask partial indexes how many rows a value has.
+CREATE STATISTICS pgbroker.records_session_user ON (left(index_fields ->> 'user_id', 600) COLLATE "C") FROM pgbroker.records;
+COMMENT ON STATISTICS pgbroker.records_session_user IS 'Users have few sessions each: joins with sessions are planned by that.';
 
 CREATE VIEW pgbroker.session_data AS
   SELECT
     r.id,
-    left(r.index_fields ->> 'user_id', 600) AS user_id,
+    left(r.index_fields ->> 'user_id', 600) COLLATE "C" AS user_id,
     r.expires_at,
     -- Not a security barrier, which would keep look-ups by user from their index: so what a reader's own
     -- function may be called with for a record of another type is nothing.
@@ -217,7 +223,9 @@ COMMENT ON COLUMN pgbroker.session_data.data IS 'Projection: the payload as JSON
 COMMENT ON COLUMN pgbroker.session_data.version IS 'Record version of the latest write.';
 COMMENT ON COLUMN pgbroker.session_data.modified_at IS 'Time of the latest write.';
 
-CREATE OR REPLACE VIEW pgbroker.sessions AS
+-- Made anew: the collation of a view's column cannot be changed.
+DROP VIEW pgbroker.sessions;
+CREATE VIEW pgbroker.sessions AS
   SELECT
     s.id,
     s.user_id,
@@ -241,6 +249,25 @@ CREATE OR REPLACE VIEW pgbroker.sessions AS
     statement_timestamp() - coalesce(pgbroker.parse_time(s.data ->> 'accessed_at'),
                                  pgbroker.parse_time(s.data ->> 'issued_at'), s.modified_at) AS idle_for
   FROM pgbroker.session_data s;
+COMMENT ON VIEW pgbroker.sessions IS 'Live sessions. DELETE FROM pgbroker.sessions WHERE … revokes.';
+COMMENT ON COLUMN pgbroker.sessions.id IS 'Session id.';
+COMMENT ON COLUMN pgbroker.sessions.user_id IS 'Owner: users.id.';
+COMMENT ON COLUMN pgbroker.sessions.idp_id IS 'Identity provider that authenticated the session.';
+COMMENT ON COLUMN pgbroker.sessions.email IS 'First e-mail claim.';
+COMMENT ON COLUMN pgbroker.sessions.name IS 'First name claim.';
+COMMENT ON COLUMN pgbroker.sessions.groups IS 'Groups claim, a JSON list.';
+COMMENT ON COLUMN pgbroker.sessions.issued_at IS 'When it was created.';
+COMMENT ON COLUMN pgbroker.sessions.accessed_at IS 'When it was last used, to within seconds.';
+COMMENT ON COLUMN pgbroker.sessions.expires_at IS 'When it ends; it is then deleted, with a tombstone.';
+COMMENT ON COLUMN pgbroker.sessions.expired IS 'Whether expires_at has passed.';
+COMMENT ON COLUMN pgbroker.sessions.oauth_token_expires_at IS 'When the provider''s access token ends.';
+COMMENT ON COLUMN pgbroker.sessions.refresh_disabled IS 'Whether the session is never refreshed.';
+COMMENT ON COLUMN pgbroker.sessions.impersonate_session_id IS 'Session that this one acts as.';
+COMMENT ON COLUMN pgbroker.sessions.audience IS 'Hosts that the session is for, a JSON list.';
+COMMENT ON COLUMN pgbroker.sessions.device_credentials IS 'Device credentials known to the session, a JSON list.';
+COMMENT ON COLUMN pgbroker.sessions.claims IS 'All claims, a JSON object of lists.';
+COMMENT ON COLUMN pgbroker.sessions.version IS 'Record version of the latest write.';
+COMMENT ON COLUMN pgbroker.sessions.modified_at IS 'Time of the latest write.';
 COMMENT ON COLUMN pgbroker.sessions.idle_for IS 'How long ago it was last used.';
 
 CREATE OR REPLACE VIEW pgbroker.service_accounts WITH (security_barrier) AS
@@ -259,8 +286,31 @@ CREATE OR REPLACE VIEW pgbroker.service_accounts WITH (security_barrier) AS
   FROM pgbroker.records r
   WHERE r.type = 'type.googleapis.com/user.ServiceAccount';
 
-ALTER VIEW pgbroker.users SET (security_barrier);
-ALTER VIEW pgbroker.directory_users SET (security_barrier);
+-- Users are joined to everything, by id. Of a security barrier PostgreSQL would read all of them to find one, so
+-- these guard their columns themselves, as session_data does.
+CREATE OR REPLACE VIEW pgbroker.users AS
+  SELECT
+    r.id,
+    CASE WHEN r.type = 'type.googleapis.com/user.User' THEN r.data ->> 'name' END                 AS name,
+    CASE WHEN r.type = 'type.googleapis.com/user.User' THEN r.data ->> 'email' END                AS email,
+    CASE WHEN r.type = 'type.googleapis.com/user.User' THEN r.data -> 'device_credential_ids' END AS device_credential_ids,
+    CASE WHEN r.type = 'type.googleapis.com/user.User' THEN r.data -> 'claims' END                AS claims,
+    r.version,
+    r.modified_at
+  FROM pgbroker.records r
+  WHERE r.type = 'type.googleapis.com/user.User';
+
+CREATE OR REPLACE VIEW pgbroker.directory_users AS
+  SELECT
+    r.id,
+    CASE WHEN r.type = 'pomerium.io/DirectoryUser' THEN r.data ->> 'display_name' END AS display_name,
+    CASE WHEN r.type = 'pomerium.io/DirectoryUser' THEN r.data ->> 'email' END        AS email,
+    CASE WHEN r.type = 'pomerium.io/DirectoryUser' THEN r.data -> 'group_ids' END     AS group_ids,
+    r.version,
+    r.modified_at
+  FROM pgbroker.records r
+  WHERE r.type = 'pomerium.io/DirectoryUser';
+
 ALTER VIEW pgbroker.directory_groups SET (security_barrier);
 
 -- ---------------------------------------------------------------------------------------------
@@ -583,18 +633,18 @@ COMMENT ON COLUMN pgbroker.last_errors.modified_at IS 'Time of the latest write.
 -- Joined
 -- ---------------------------------------------------------------------------------------------
 
-CREATE VIEW pgbroker.directory_members WITH (security_barrier) AS
+CREATE VIEW pgbroker.directory_members AS
   SELECT
     m.group_id,
-    g.data ->> 'name'         AS group_name,
-    u.id                      AS user_id,
-    u.data ->> 'display_name' AS display_name,
-    u.data ->> 'email'        AS email
-  FROM pgbroker.records u
-  CROSS JOIN LATERAL jsonb_array_elements_text(
-    CASE jsonb_typeof(u.data -> 'group_ids') WHEN 'array' THEN u.data -> 'group_ids' ELSE '[]' END) AS m (group_id)
-  LEFT JOIN pgbroker.records g ON g.type = 'pomerium.io/DirectoryGroup' AND g.id = m.group_id
-  WHERE u.type = 'pomerium.io/DirectoryUser';
+    CASE WHEN g.type = 'pomerium.io/DirectoryGroup' THEN g.data ->> 'name' END AS group_name,
+    u.id                                                                       AS user_id,
+    u.display_name,
+    u.email
+  FROM pgbroker.directory_users u
+  -- unnest is taken to return ten rows, jsonb_array_elements_text a hundred: plans are made for what comes.
+  CROSS JOIN LATERAL unnest(ARRAY(SELECT jsonb_array_elements_text(
+    CASE jsonb_typeof(u.group_ids) WHEN 'array' THEN u.group_ids ELSE '[]' END))) AS m (group_id)
+  LEFT JOIN pgbroker.records g ON g.type = 'pomerium.io/DirectoryGroup' AND g.id = m.group_id;
 COMMENT ON VIEW pgbroker.directory_members IS 'Who is in which group of the company directory: a row for each membership.';
 COMMENT ON COLUMN pgbroker.directory_members.group_id IS 'Group: directory_groups.id.';
 COMMENT ON COLUMN pgbroker.directory_members.group_name IS 'Display name of the group; NULL if the directory does not have it.';

@@ -205,19 +205,28 @@ BEGIN
     RETURN NEXT format('GRANT USAGE ON SCHEMA pgbroker TO %I;', r);
   END LOOP;
 
-  -- Views show nothing secret. Of those, the ones over one type of record can be deleted from.
-  WITH RECURSIVE over_records (view) AS (
-    SELECT w.ev_class::oid FROM pg_depend d JOIN pg_rewrite w ON d.classid = 'pg_rewrite'::regclass AND d.objid = w.oid
-      WHERE d.refobjid = 'pgbroker.records'::regclass AND w.ev_class <> 'pgbroker.records'::regclass
+  -- The views, also those that users have added, but none that names what is secret. Of those, the ones over one type of
+  -- record can be deleted from.
+  WITH RECURSIVE uses (relation, number, view) AS (
+    SELECT d.refobjid, d.refobjsubid, w.ev_class::oid
+      FROM pg_depend d JOIN pg_rewrite w ON d.classid = 'pg_rewrite'::regclass AND d.objid = w.oid
+      WHERE d.refclassid = 'pg_class'::regclass AND w.ev_class <> d.refobjid
+  ), over_records (view) AS (
+    SELECT u.view FROM uses u WHERE u.relation = 'pgbroker.records'::regclass
     UNION
-    SELECT w.ev_class::oid FROM over_records o JOIN pg_depend d ON d.refobjid = o.view
-      JOIN pg_rewrite w ON d.classid = 'pg_rewrite'::regclass AND d.objid = w.oid AND w.ev_class <> o.view
+    SELECT u.view FROM over_records o JOIN uses u ON u.relation = o.view
+  ), over_secrets (view) AS (
+    SELECT u.view FROM uses u JOIN pg_attribute a ON a.attrelid = u.relation AND a.attnum = u.number
+      WHERE (a.attrelid, a.attname) IN (('pgbroker.records'::regclass, 'payload'), ('pgbroker.leases'::regclass, 'id'))
+    UNION
+    SELECT u.view FROM over_secrets o JOIN uses u ON u.relation = o.view
   )
   SELECT string_agg('pgbroker.' || quote_ident(c.relname), ', ' ORDER BY c.relname),
          string_agg('pgbroker.' || quote_ident(c.relname), ', ' ORDER BY c.relname) FILTER (
            WHERE c.oid IN (SELECT o.view FROM over_records o) AND pg_relation_is_updatable(c.oid, false) & 16 <> 0)
     INTO readable, deletable
-    FROM pg_class c WHERE c.relnamespace = 'pgbroker'::regnamespace AND c.relkind = 'v';
+    FROM pg_class c
+    WHERE c.relnamespace = 'pgbroker'::regnamespace AND c.relkind = 'v' AND c.oid NOT IN (SELECT o.view FROM over_secrets o);
   FOREACH r IN ARRAY ARRAY[reader, writer] LOOP
     CONTINUE WHEN r IS NULL OR r = '';
     RETURN NEXT format('GRANT SELECT ON %s TO %I;', readable, r);

@@ -16,7 +16,7 @@ DROP FUNCTION pgbroker.project_records(text[], text[], bigint[], text[], text[],
 DROP FUNCTION pgbroker.keep_version();
 DROP FUNCTION pgbroker.search_written();
 DROP FUNCTION pgbroker.encode_record();
-DROP FUNCTION pgbroker.encode_payload(text, bytea, jsonb, jsonb);
+DROP FUNCTION pgbroker.encode_payload(text, bytea, jsonb, jsonb, text);
 DROP FUNCTION pgbroker.search_text_of(bytea, jsonb);
 DROP FUNCTION pgbroker.index_cidr(jsonb);
 DROP FUNCTION pgbroker.search_text(text, jsonb);

@@ -941,7 +941,7 @@ $$;
 COMMENT ON FUNCTION pgbroker.search_text_of(bytea, jsonb) IS 'search_texts.search_text of a record with this payload and projection.';
 
 CREATE FUNCTION pgbroker.encode_payload(
-  record_type text, old_payload bytea, before jsonb, value jsonb,
+  record_type text, old_payload bytea, before jsonb, value jsonb, record_id text DEFAULT NULL,
   OUT payload bytea, OUT data jsonb, OUT search_text text, OUT index_cidr inet)
   LANGUAGE plpgsql STABLE AS $$
 DECLARE
@@ -967,6 +967,12 @@ BEGIN
     WHEN record_type LIKE 'type.googleapis.com/%' THEN record_type
     ELSE 'type.googleapis.com/google.protobuf.Struct' END;
   of_type := regexp_replace(url, '^.*/', '');
+  IF old_payload IS NULL AND NOT coalesce(value ? '@type', false)
+    AND EXISTS (SELECT FROM pgbroker.messages m WHERE m.message = record_type) THEN
+    -- A Struct that looks like a session to whoever has written it, and to nobody else.
+    PERFORM pgbroker.refuse_value('type', format(
+      'must be type.googleapis.com/%s in full (or name the message with "@type", if another is meant)', record_type));
+  END IF;
   SELECT m.form INTO looks FROM pgbroker.messages m WHERE m.message = of_type;
   IF looks IS NULL THEN
     PERFORM pgbroker.refuse_value('data', format('the message %s is not known: add it with `pgbroker schema add`, '
@@ -997,11 +1003,17 @@ BEGIN
     || coalesce((SELECT string_agg(w.raw, '') FROM pgbroker.wire_fields(old_payload, 'payload') AS w
                  WHERE url = old_url AND NOT (w.wire = 2 AND w.number IN (1, 2))), '')
     || CASE WHEN one.encoded <> '' THEN pgbroker.wire_bytes(2, one.encoded) ELSE '' END;
+EXCEPTION WHEN invalid_parameter_value THEN
+  -- Raised here once more: psql shows people all functions between an error and their statement, which are twenty
+  -- lines from where a value is refused.
+  RAISE EXCEPTION '%', sqlerrm
+    USING ERRCODE = 'invalid_parameter_value', SCHEMA = 'pgbroker', TABLE = 'records', COLUMN = 'data',
+          DETAIL = format('In the record %s of type %s.', coalesce(quote_literal(record_id), 'without an id'), quote_literal(record_type));
 END
 $$;
-COMMENT ON FUNCTION pgbroker.encode_payload(text, bytea, jsonb, jsonb) IS
+COMMENT ON FUNCTION pgbroker.encode_payload(text, bytea, jsonb, jsonb, text) IS
   'What a record is written with when its data are set to a value: the payload, and what is projected from it. An old '
-  'payload and its data may be given: what they have and the value does not change stays.';
+  'payload and its data may be given: what they have and the value does not change stays. The id is for errors.';
 
 CREATE FUNCTION pgbroker.encode_record() RETURNS trigger
   LANGUAGE plpgsql AS $$
@@ -1022,7 +1034,7 @@ BEGIN
     old_payload := NEW.payload;
     before := OLD.data;
   END IF;
-  SELECT * INTO one FROM pgbroker.encode_payload(NEW.type, old_payload, before, NEW.data);
+  SELECT * INTO one FROM pgbroker.encode_payload(NEW.type, old_payload, before, NEW.data, NEW.id);
   NEW.payload := one.payload;
   NEW.data := one.data;
   NEW.index_cidr := one.index_cidr;
@@ -1098,7 +1110,7 @@ CREATE TRIGGER records_unstamp BEFORE UPDATE OF data ON pgbroker.records
 CREATE FUNCTION pgbroker.project_records(
   types text[], ids text[], versions bigint[], projections text[], search_texts text[], index_cidrs text[]) RETURNS bigint
   LANGUAGE plpgsql
-  SET pgbroker.writer = 'projector' SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+  SET pgbroker.writer = 'projector' SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
   SET search_path = pg_catalog, pg_temp
   AS $$
 DECLARE
@@ -1189,7 +1201,7 @@ BEGIN
     -- The same may be said in another spelling: what counts is what it becomes. The fence keeps what is encoded
     -- already from being encoded once more.
     LEFT JOIN LATERAL (
-      SELECT * FROM pgbroker.encode_payload(record_type, c.old_payload, c.old_data, c.data)
+      SELECT * FROM pgbroker.encode_payload(record_type, c.old_payload, c.old_data, c.data, c.id)
       WHERE c.data IS NOT NULL AND c.payload IS NULL
       OFFSET 0
     ) AS e ON true
@@ -1204,7 +1216,7 @@ CREATE FUNCTION pgbroker.write_differences(
   record_type text, after bigint, upto bigint, OUT inserted bigint, OUT updated bigint, OUT deleted bigint)
   LANGUAGE plpgsql
   -- By key, whatever is known of the temporary table.
-  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET pgbroker.writer = 'replica'
+  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off SET pgbroker.writer = 'replica'
   SET search_path = pg_catalog, pg_temp
   AS $$
 BEGIN
@@ -1339,8 +1351,9 @@ BEGIN
     record_type := 'type.googleapis.com/' || record_type;
   END IF;
   of_type := coalesce(of_type, substring(record_type FROM '^type\.googleapis\.com/(.*)$'), 'google.protobuf.Struct');
-  view_name := coalesce(view_name,
-    lower(regexp_replace(regexp_replace(record_type, '^.*[/.]', ''), '([a-z0-9])([A-Z])', '\1_\2', 'g')));
+  -- A name is given as in SQL, perhaps with a schema.
+  view_name := coalesce((SELECT string_agg(quote_ident(part), '.') FROM unnest(parse_ident(view_name)) AS part),
+    quote_ident(lower(regexp_replace(regexp_replace(record_type, '^.*[/.]', ''), '([a-z0-9])([A-Z])', '\1_\2', 'g'))));
 
   IF of_type = 'google.protobuf.Struct' THEN
     -- What some of the records have.
@@ -1379,9 +1392,10 @@ BEGIN
     WHERE f.message = of_type AND f.name <> 'id'
       AND NOT EXISTS (SELECT FROM pgbroker.secret_fields s WHERE s.message = f.message AND s.field = f.name);
   END IF;
-  RETURN format(E'CREATE VIEW %I AS\n  SELECT\n    r.id,\n%s    r.version,\n    r.modified_at\n'
+  -- A barrier, as most of the product's views: what others call with a column sees records of this type only.
+  RETURN format(E'CREATE VIEW %s WITH (security_barrier) AS\n  SELECT\n    r.id,\n%s    r.version,\n    r.modified_at\n'
       '  FROM pgbroker.records r\n  WHERE r.type = %L;\n'
-      'COMMENT ON VIEW %I IS %L;',
+      'COMMENT ON VIEW %s IS %L;',
     view_name, columns, record_type, view_name, 'Records of type ' || record_type || '. A DELETE is a revocation.');
 END
 $$;

@@ -70,6 +70,8 @@ func explainDatabase(err error) error {
 		switch pgErr.SQLState() {
 		case pgerrcode.UndefinedTable, pgerrcode.UndefinedFunction, pgerrcode.InvalidSchemaName:
 			message += " (is the schema up to date? see `pgbroker migrate version`)"
+		case pgerrcode.InsufficientPrivilege:
+			message += " (this takes the role of the replicas, or the owner of the schema; see `pgbroker migrate grants`)"
 		}
 		return &exitError{exitFailure, errors.New(message)}
 	}

@@ -185,7 +185,7 @@ too. Records that go leave tombstones. These options are not part of the databro
 	name.addTypeFlag(cmd, "type of the records")
 	must(cmd.MarkFlagRequired("type"))
 	cmd.Flags().StringVar(&expiry, "expiry-field", "", "payload field with the time at which a record ends; empty for none")
-	cmd.Flags().DurationVar(&idle, "idle-timeout", 0, "records whose accessed_at is longer ago end; 0 for none")
+	cmd.Flags().Var(longDuration{&idle}, "idle-timeout", "records whose accessed_at is longer ago end; 0 for none")
 	cmd.Flags().Int32Var(&limit, "user-limit", 0, "how many records a user may have, those issued last; 0 for any number")
 	cmd.Flags().BoolVar(&audit, "audit", false, "write deletions to the audit")
 	a.addOutputFlag(cmd)

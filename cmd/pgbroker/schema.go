@@ -358,7 +358,7 @@ record type, or the message of one; for records that are not of a message type, 
 			return err
 		}),
 	})
-	cmd.Flags().StringVar(&params.ViewName, "name", "", "name of the view (default: that of the message, in snake case)")
+	cmd.Flags().StringVar(&params.ViewName, "name", "", "name of the view as in SQL, such as pgbroker.badges (default: that of the message, in snake case)")
 	cmd.Flags().StringVar(&params.Message, "message", "", "message of the payloads, where the record type is not named after it")
 	return cmd
 }

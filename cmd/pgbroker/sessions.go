@@ -49,7 +49,7 @@ func (f *sessionFilter) addFlags(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.user, "user", "", "only sessions of the user with this id")
 	cmd.Flags().StringVar(&f.email, "email", "", "only sessions with this e-mail address")
 	cmd.Flags().StringVar(&f.idp, "idp", "", "only sessions of the identity provider with this id")
-	cmd.Flags().DurationVar(&f.idle, "idle-for", 0, "only sessions that have not been used for so long, such as 720h")
+	cmd.Flags().Var(longDuration{&f.idle}, "idle-for", "only sessions that have not been used for so long, such as 30d")
 	cmd.Flags().BoolVar(&f.expired, "expired", false, "only sessions whose time is over")
 }
 
@@ -201,7 +201,7 @@ func (a *app) sessionsListCommand() *cobra.Command {
 		Long: `List sessions, those that were used last in front. The server finds those of a user by its index; otherwise all
 sessions are read. Times are compared with the clock of this machine.`,
 		Example: `  pgbroker sessions list --user jane
-  pgbroker sessions list --idle-for 720h -o json`,
+  pgbroker sessions list --idle-for 30d -o json`,
 		RunE: a.call(func(ctx context.Context, _ *cobra.Command, c *client) error {
 			if err := filter.check(); err != nil {
 				return err
@@ -298,7 +298,7 @@ unless --yes is given. Every proxy hears of it at once. When some of the ids do 
 code is that for "not found".`,
 		Example: `  pgbroker sessions revoke 4fb2
   pgbroker sessions revoke --user jane
-  pgbroker sessions revoke --idle-for 720h --yes`,
+  pgbroker sessions revoke --idle-for 30d --yes`,
 		Args: func(_ *cobra.Command, args []string) error {
 			ids = args
 			return nil
@@ -402,8 +402,10 @@ func revokeSessions(ctx context.Context, c *client, sessions []foundSession) (re
 // usersOf names the users of sessions, a few of them.
 func usersOf(sessions []foundSession) string {
 	var users []string
+	known := make(map[string]bool)
 	for _, s := range sessions {
-		if id := s.session.GetUserId(); !slices.Contains(users, id) {
+		if id := s.session.GetUserId(); !known[id] {
+			known[id] = true
 			users = append(users, id)
 		}
 	}

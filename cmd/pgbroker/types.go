@@ -145,7 +145,7 @@ the next write of the type, the time to live within a minute; records that go le
 	name.addTypeFlag(cmd, "type of the records")
 	must(cmd.MarkFlagRequired("type"))
 	cmd.Flags().Uint64Var(&capacity, "capacity", 0, "keep only so many records, those written last")
-	cmd.Flags().DurationVar(&ttl, "ttl", 0, "delete records that were not written for so long")
+	cmd.Flags().Var(longDuration{&ttl}, "ttl", "delete records that were not written for so long")
 	cmd.Flags().StringArrayVar(&fields, "indexable-field", nil, "field that records are looked up by; may be repeated")
 	a.addOutputFlag(cmd)
 	a.addClientFlags(cmd)

@@ -233,6 +233,8 @@ func ephemeralParent(dir string, a account) (string, error) {
 		if checkEntry(dir, a) != nil {
 			dir = "/tmp"
 		}
+	} else if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", fmt.Errorf("embedded: directory for temporary directories: %w", err)
 	}
 	dir, err := filepath.Abs(dir)
 	if err != nil {

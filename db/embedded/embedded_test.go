@@ -214,7 +214,7 @@ func TestDurable(t *testing.T) {
 
 func TestEphemeral(t *testing.T) {
 	t.Parallel()
-	parent := tempDir(t)
+	parent := filepath.Join(tempDir(t), "made")
 	s := start(t, embedded.Config{Dir: parent, Ephemeral: true, TCP: true})
 	if got := query(t, s.ConnString(), "SELECT concat_ws(' ', current_setting('fsync'), current_setting('synchronous_commit'), current_setting('full_page_writes'))"); got != "off off off" {
 		t.Errorf("got %q, want all off", got)

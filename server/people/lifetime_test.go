@@ -8,6 +8,7 @@ import (
 
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"pgbroker/db/dbtest"
 	"pgbroker/proto/databroker"
 	"pgbroker/proto/session"
 	"pgbroker/server/servertest"
@@ -138,4 +139,18 @@ func TestLimitsInPages(t *testing.T) {
 		FROM generate_series(1, $2) AS i`, sessionType, count)
 	b.Database.Exec(t, `SELECT pgbroker.set_idle_timeout('session.Session', '1 hour')`)
 	awaitIDs(t, b, sessionType, "s2497", "s2498", "s2499", "s2500")
+}
+
+// TestWhatAvoidsScansIsNotCompiled: with sequential scans off, a look at any small table, which the triggers take, seems to be so
+// much work that PostgreSQL compiles it, for 60 ms each time. Replicas have that off for themselves, other writers have not.
+func TestWhatAvoidsScansIsNotCompiled(t *testing.T) {
+	t.Parallel()
+	d := dbtest.New(t)
+	if compiled := column[string](t, d, `SELECT oid::regprocedure::text FROM pg_proc
+		WHERE pronamespace = 'pgbroker'::regnamespace AND proconfig @> '{enable_seqscan=off}' AND NOT proconfig @> '{jit=off}'`); len(compiled) > 0 {
+		t.Errorf("these may be compiled: %v", compiled)
+	}
+	if n := value[int](t, d, `SELECT count(*) FROM pg_proc WHERE pronamespace = 'pgbroker'::regnamespace AND proconfig @> '{jit=off}'`); n < 7 {
+		t.Errorf("%d functions were looked at", n)
+	}
 }

@@ -3,11 +3,13 @@ package schema_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/jackc/pgx/v5/pgconn"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
@@ -239,6 +241,7 @@ func TestDataThatCannotBecomeTheTypeAreRefused(t *testing.T) {
 		{badgeType, `{"pin": {"a": "` + secret + `"}}`, "data.pin: must be text, not object"},
 		{"type.googleapis.com/acme.Nope", `{}`, "data: the message 'acme.Nope' is not known: add it with `pgbroker schema add`"},
 		{"x", `{"@type": "type.googleapis.com/acme.Nope"}`, "data: the message 'acme.Nope' is not known"},
+		{"session.Session", `{"user_id": "jane"}`, "type: must be type.googleapis.com/session.Session in full"},
 	} {
 		got := refused(t, d, insert, test.recordType, test.data)
 		if !strings.HasPrefix(got, test.want) || strings.Contains(got, secret) {
@@ -247,6 +250,19 @@ func TestDataThatCannotBecomeTheTypeAreRefused(t *testing.T) {
 	}
 	if n := get[int64](t, d, "SELECT count(*) FROM pgbroker.records"); n != 0 {
 		t.Errorf("%d records were written", n)
+	}
+	// The error says which of many records it is about, and psql shows no more of the way there than fits a screen.
+	var pgErr *pgconn.PgError
+	_, err := d.Pool.Exec(t.Context(), `INSERT INTO pgbroker.records (type, id, data)
+		SELECT $1, 'r' || i, CASE i WHEN 2 THEN '{"oauth_token": {"expires_at": "x"}}' ELSE '{}' END::jsonb FROM generate_series(1, 3) AS i`, sessionType)
+	if !errors.As(err, &pgErr) || pgErr.Detail != "In the record 'r2' of type 'type.googleapis.com/session.Session'." || strings.Count(pgErr.Where, "\n") > 3 {
+		t.Errorf("got %+v", pgErr)
+	}
+	conn := d.Connect(t)
+	stage(t, conn, `{"a": {}, "b": {"user_id": 7}}`)
+	_, err = conn.Exec(t.Context(), "SELECT pgbroker.replace_records($1)", sessionType)
+	if !errors.As(err, &pgErr) || pgErr.Detail != "In the record 'b' of type 'type.googleapis.com/session.Session'." {
+		t.Errorf("got %+v", pgErr)
 	}
 	d.Exec(t, "INSERT INTO pgbroker.records (type, id, payload) VALUES ('x', 'unread', '\\x0a0178')")
 	d.Exec(t, "INSERT INTO pgbroker.records (type, id, data) VALUES ('x', 'read', '{}')")
@@ -278,6 +294,10 @@ func TestViewDefinition(t *testing.T) {
 	}
 	d.Exec(t, `INSERT INTO pgbroker.records (type, id, data) VALUES ('example.com/MyThing', '1', '{"size": 1.5, "ok": true, "name": "n", "list": []}')`)
 	d.Exec(t, get[string](t, d, "SELECT pgbroker.view_definition('example.com/MyThing')"))
+	d.Exec(t, get[string](t, d, `SELECT pgbroker.view_definition('example.com/MyThing', view_name => 'pgbroker."My things"')`))
+	if got := get[int64](t, d, `SELECT count(*) FROM pgbroker."My things"`); got != 1 {
+		t.Errorf("%d things", got)
+	}
 	if got := get[string](t, d, "SELECT concat_ws(' ', id, size + 1, NOT ok, name, jsonb_typeof(list)) FROM my_thing"); got != "1 2.5 f n array" {
 		t.Error(got)
 	}
