@@ -1168,15 +1168,24 @@ CREATE FUNCTION pgbroker.write_differences(
   SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off SET pgbroker.writer = 'replica'
   AS $$
 BEGIN
-  DELETE FROM pgbroker.records AS r USING pg_temp.staged_differences AS d
-    WHERE d.position > after AND d.position <= upto AND d.data IS NULL AND r.type = record_type AND r.id = d.id;
-  GET DIAGNOSTICS deleted = ROW_COUNT;
-  UPDATE pgbroker.records AS r
-    SET payload = d.payload, data = d.data, search_text = d.search_text, index_cidr = d.index_cidr
-    FROM pg_temp.staged_differences AS d
-    WHERE d.position > after AND d.position <= upto AND d.data IS NOT NULL AND d.version IS NOT NULL
-      AND r.type = record_type AND r.id = d.id;
-  GET DIAGNOSTICS updated = ROW_COUNT;
+  deleted := 0;
+  updated := 0;
+  -- Only what there is to do: an initial load would plan the others while there is no record yet, and then read all records
+  -- of the type for each batch.
+  IF EXISTS (SELECT FROM pg_temp.staged_differences AS d WHERE d.position > after AND d.position <= upto AND d.data IS NULL) THEN
+    DELETE FROM pgbroker.records AS r USING pg_temp.staged_differences AS d
+      WHERE d.position > after AND d.position <= upto AND d.data IS NULL AND r.type = record_type AND r.id = d.id;
+    GET DIAGNOSTICS deleted = ROW_COUNT;
+  END IF;
+  IF EXISTS (SELECT FROM pg_temp.staged_differences AS d
+             WHERE d.position > after AND d.position <= upto AND d.data IS NOT NULL AND d.version IS NOT NULL) THEN
+    UPDATE pgbroker.records AS r
+      SET payload = d.payload, data = d.data, search_text = d.search_text, index_cidr = d.index_cidr
+      FROM pg_temp.staged_differences AS d
+      WHERE d.position > after AND d.position <= upto AND d.data IS NOT NULL AND d.version IS NOT NULL
+        AND r.type = record_type AND r.id = d.id;
+    GET DIAGNOSTICS updated = ROW_COUNT;
+  END IF;
   INSERT INTO pgbroker.records (type, id, payload, data, search_text, index_cidr)
     SELECT record_type, d.id, d.payload, d.data, d.search_text, d.index_cidr
     FROM pg_temp.staged_differences AS d
