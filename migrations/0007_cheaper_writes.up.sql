@@ -192,7 +192,7 @@ BEGIN
   DELETE FROM pgbroker.changes WHERE version = ANY (superseded);
   INSERT INTO pgbroker.changes (version, type, id, changed_at, deleted)
     SELECT nextval('pgbroker.record_version'), type, id, clock_timestamp(), true FROM old_rows;
-  DELETE FROM pgbroker.search_texts t USING old_rows o WHERE t.type = o.type AND t.id = o.id;
+  DELETE FROM pgbroker.search_texts t USING old_rows o WHERE t.type = ANY (ARRAY[o.type]) AND t.id = o.id;
   UPDATE pgbroker.record_types t
     SET record_count = t.record_count - gone.n
     FROM (SELECT type, count(*) AS n FROM old_rows GROUP BY type) AS gone
@@ -238,7 +238,9 @@ CREATE OR REPLACE FUNCTION pgbroker.write_records(
 ) RETURNS SETOF pgbroker.changes
   LANGUAGE plpgsql
   -- The plans are made once per connection, perhaps while the tables are still empty: only look-ups by
-  -- key stay right when they grow. No plan here is worth compiling, or making anew for the arrays at hand.
+  -- key stay right when they grow. To a join on "type =" the order of the whole index would be of use, and of a table that
+  -- seems empty it would be read; to one on "type = ANY" of a single value it is of none, so look-ups are all that is left.
+  -- No plan here is worth compiling, or making anew for the arrays at hand.
   SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off SET plan_cache_mode = force_generic_plan
   -- That of the triggers, which take the order lock again: what is planned under one search path is planned anew under another.
   SET search_path = pg_catalog, pg_temp
@@ -262,7 +264,7 @@ BEGIN
       SELECT DISTINCT i.request
       FROM unnest(types, ids, requests, expected) AS i (type, id, request, expected)
       WHERE i.expected > 0
-        AND NOT EXISTS (SELECT FROM pgbroker.records r WHERE r.type = i.type AND r.id = i.id AND r.version = i.expected));
+        AND (SELECT NOT EXISTS (SELECT FROM pgbroker.records r WHERE r.type = i.type AND r.id = i.id AND r.version = i.expected)));
   END IF;
   IF conflicts <> '{}' OR true = ANY (deletes) THEN
     puts := (SELECT count(*) FROM unnest(deletes, requests) AS i (delete, request)
@@ -273,7 +275,7 @@ BEGIN
   IF true = ANY (deletes) THEN
     DELETE FROM pgbroker.records AS r
       USING unnest(types, ids, deletes, requests) AS i (type, id, delete, request)
-      WHERE r.type = i.type AND r.id = i.id AND i.delete AND i.request <> ALL (conflicts);
+      WHERE r.type = ANY (ARRAY[i.type]) AND r.id = i.id AND i.delete AND i.request <> ALL (conflicts);
     IF FOUND THEN
       RETURN QUERY
         SELECT c.version, c.type, c.id, c.changed_at, c.deleted FROM pgbroker.changes c
@@ -293,7 +295,7 @@ BEGIN
         SET payload = i.payload, data = nullif(i.data, '')::jsonb, index_cidr = nullif(i.index_cidr, '')::inet
         FROM unnest(types, ids, deletes, payloads, projections, index_cidrs, requests)
           AS i (type, id, delete, payload, data, index_cidr, request)
-        WHERE r.type = i.type AND r.id = i.id AND NOT i.delete AND i.request <> ALL (conflicts)
+        WHERE r.type = ANY (ARRAY[i.type]) AND r.id = i.id AND NOT i.delete AND i.request <> ALL (conflicts)
           AND (pass = 1 OR r.version <= before) -- and not inserted just now
         RETURNING r.version, r.type, r.id, r.modified_at, false;
     ELSE

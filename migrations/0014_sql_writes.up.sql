@@ -1120,7 +1120,7 @@ BEGIN
     UPDATE pgbroker.records AS r
       SET data = nullif(i.data, '')::jsonb, index_cidr = nullif(i.index_cidr, '')::inet
       FROM unnest(types, ids, versions, projections, index_cidrs) WITH ORDINALITY AS i (type, id, version, data, index_cidr, position)
-      WHERE r.type = i.type AND r.id = i.id AND r.version = i.version
+      WHERE r.type = ANY (ARRAY[i.type]) AND r.id = i.id AND r.version = i.version -- by key, as in write_records
       RETURNING i.position
   )
   SELECT coalesce(array_agg(position), '{}') INTO positions FROM projected;
@@ -1220,15 +1220,24 @@ CREATE FUNCTION pgbroker.write_differences(
   SET search_path = pg_catalog, pg_temp
   AS $$
 BEGIN
-  DELETE FROM pgbroker.records AS r USING pg_temp.staged_differences AS d
-    WHERE d.position > after AND d.position <= upto AND d.data IS NULL AND r.type = record_type AND r.id = d.id;
-  GET DIAGNOSTICS deleted = ROW_COUNT;
-  UPDATE pgbroker.records AS r
-    SET payload = d.payload, data = d.data, index_cidr = d.index_cidr
-    FROM pg_temp.staged_differences AS d
-    WHERE d.position > after AND d.position <= upto AND d.data IS NOT NULL AND d.version IS NOT NULL
-      AND r.type = record_type AND r.id = d.id;
-  GET DIAGNOSTICS updated = ROW_COUNT;
+  deleted := 0;
+  updated := 0;
+  -- Only what there is to do: an initial load would plan the others while there is no record yet, and then read all records
+  -- of the type for each batch.
+  IF EXISTS (SELECT FROM pg_temp.staged_differences AS d WHERE d.position > after AND d.position <= upto AND d.data IS NULL) THEN
+    DELETE FROM pgbroker.records AS r USING pg_temp.staged_differences AS d
+      WHERE d.position > after AND d.position <= upto AND d.data IS NULL AND r.type = record_type AND r.id = d.id;
+    GET DIAGNOSTICS deleted = ROW_COUNT;
+  END IF;
+  IF EXISTS (SELECT FROM pg_temp.staged_differences AS d
+             WHERE d.position > after AND d.position <= upto AND d.data IS NOT NULL AND d.version IS NOT NULL) THEN
+    UPDATE pgbroker.records AS r
+      SET payload = d.payload, data = d.data, index_cidr = d.index_cidr
+      FROM pg_temp.staged_differences AS d
+      WHERE d.position > after AND d.position <= upto AND d.data IS NOT NULL AND d.version IS NOT NULL
+        AND r.type = record_type AND r.id = d.id;
+    GET DIAGNOSTICS updated = ROW_COUNT;
+  END IF;
   INSERT INTO pgbroker.records (type, id, payload, data, index_cidr)
     SELECT record_type, d.id, d.payload, d.data, d.index_cidr
     FROM pg_temp.staged_differences AS d

@@ -141,6 +141,61 @@ func wantStored(t *rapid.T, conn *pgx.Conn, model map[string]stored, tombstones 
 	}
 }
 
+// TestWritesLookUpByKey: what is planned while the table is empty, and PostgreSQL knows it, goes on looking up by key when the
+// table has grown.
+func TestWritesLookUpByKey(t *testing.T) {
+	t.Parallel()
+	conn := dbtest.New(t).Connect(t)
+	queries := db.New(conn)
+	exec := func(sql string) {
+		if _, err := conn.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write := func(from, n int, deletes bool, expected int64) {
+		var batch db.RecordsWriteParams
+		for i := range n {
+			batch.Types, batch.IDs = append(batch.Types, "t"), append(batch.IDs, fmt.Sprint(from+i))
+			batch.Deletes, batch.Payloads = append(batch.Deletes, deletes), append(batch.Payloads, []byte("x"))
+			batch.Projections, batch.SearchTexts = append(batch.Projections, ""), append(batch.SearchTexts, fmt.Sprint("text ", deletes))
+			batch.IndexCIDRs, batch.Requests = append(batch.IndexCIDRs, ""), append(batch.Requests, int32(i))
+			batch.Expected = append(batch.Expected, expected)
+		}
+		if _, err := queries.RecordsWrite(t.Context(), batch); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, table := range []string{"records", "search_texts", "changes"} {
+		exec("ALTER TABLE pgbroker." + table + " SET (autovacuum_enabled = off)") // it would have the statements planned anew
+		exec("VACUUM ANALYZE pgbroker." + table)
+	}
+	// Each statement is planned, on one record.
+	write(0, 1, false, 0)
+	write(0, 1, false, 0)
+	write(0, 1, false, 7)
+	write(0, 1, true, 0)
+	const records, batch = 3000, 100
+	for _, round := range []struct {
+		deletes  bool
+		expected int64
+	}{{}, {}, {expected: 7}, {deletes: true}} {
+		for from := 0; from < records; from += batch {
+			write(from, batch, round.deletes, round.expected)
+		}
+	}
+	exec("SELECT pg_stat_force_next_flush()")
+	var read, scanned int64
+	if err := conn.QueryRow(t.Context(), `
+		SELECT (SELECT sum(idx_tup_read) FROM pg_stat_user_indexes WHERE relname IN ('records', 'search_texts')),
+		       (SELECT sum(seq_tup_read) FROM pg_stat_user_tables WHERE relname IN ('records', 'search_texts'))`).Scan(&read, &scanned); err != nil {
+		t.Fatal(err)
+	}
+	// A few look-ups for each record and round; reading all for each batch would be half a million.
+	if most := int64(20 * records); read > most || scanned > most {
+		t.Errorf("%d entries of indexes and %d rows of tables were read for %d records, want at most %d", read, scanned, records, most)
+	}
+}
+
 // TestOneSearchPathUnderTheOrderLock: a function that is called under another search path than before is planned anew. What
 // takes the order lock on the way of each write, before the triggers take it again, must do so under theirs.
 func TestOneSearchPathUnderTheOrderLock(t *testing.T) {

@@ -39,6 +39,40 @@ func (r replaced) want(t testing.TB, what string, inserted, updated, deleted, re
 	}
 }
 
+// An initial load in batches deletes and updates nothing, not even no rows: the plans for that would be made while there is no
+// record, for as long as the session lives, and read all records of the type for each batch.
+func TestAnInitialLoadInsertsOnly(t *testing.T) {
+	t.Parallel()
+	d := dbtest.New(t)
+	conn := d.Connect(t)
+	exec := func(sql string) {
+		t.Helper()
+		if _, err := conn.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	exec("SET track_functions = 'all'")
+	stage(t, conn, "{}")
+	exec("INSERT INTO staged_records (id, data) SELECT 'u' || i, '{}' FROM generate_series(1, 30) AS i")
+	for remaining := int64(20); remaining >= 0; remaining -= 10 {
+		replace(t, conn, "'t', 10").want(t, "initial load", 10, 0, 0, remaining)
+	}
+	calls := func() string {
+		t.Helper()
+		exec("SELECT pg_stat_force_next_flush()")
+		return get[string](t, d, `SELECT string_agg(funcname || ' ' || calls, ', ' ORDER BY funcname) FROM pg_stat_user_functions
+			WHERE funcname IN ('log_inserts', 'log_updates', 'log_deletes')`)
+	}
+	if got := calls(); got != "log_inserts 3" {
+		t.Errorf("statements: %s", got)
+	}
+	stage(t, conn, `{"u1": {"changed": true}, "new": {}}`)
+	replace(t, conn, "'t'").want(t, "all kinds", 1, 1, 29, 0)
+	if got := calls(); got != "log_deletes 1, log_inserts 4, log_updates 1" {
+		t.Errorf("statements: %s", got)
+	}
+}
+
 // Only what differs is written: each record once, and of what is the same nothing.
 func TestReplaceWritesDifferencesOnly(t *testing.T) {
 	t.Parallel()
