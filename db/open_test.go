@@ -225,17 +225,17 @@ func TestSettings(t *testing.T) {
 		return p.ConnString + sep + options
 	}
 	const settings = `SELECT concat_ws(' ', current_setting('application_name'), current_setting('statement_timeout'),
-		current_setting('lock_timeout'), current_setting('idle_in_transaction_session_timeout'), current_setting('jit'))`
+		current_setting('lock_timeout'), current_setting('idle_in_transaction_session_timeout'), current_setting('jit'), current_setting('enable_seqscan'))`
 	for _, tt := range []struct {
 		name string
 		cfg  db.Config
 		want string
 	}{
-		{"defaults", db.Config{ConnString: p.ConnString}, "pgbroker 8s 5s 10s off"},
-		{"fields", db.Config{ConnString: p.ConnString, StatementTimeout: time.Second, LockTimeout: time.Microsecond, IdleInTransactionTimeout: -1, ApplicationName: "x"}, "x 1s 1ms 0 off"},
-		{"string wins", db.Config{ConnString: with(t, "statement_timeout=3000&jit=on&application_name=mine"), StatementTimeout: time.Second, ApplicationName: "x"}, "mine 3s 5s 10s on"},
-		{"options win", db.Config{ConnString: with(t, "options=-c%20lock_timeout%3D7s")}, "pgbroker 8s 7s 10s off"},
-		{"none", db.Config{ConnString: p.ConnString, NoSessionSettings: true}, "pgbroker 0 0 0 on"},
+		{"defaults", db.Config{ConnString: p.ConnString}, "pgbroker 8s 5s 10s off off"},
+		{"fields", db.Config{ConnString: p.ConnString, StatementTimeout: time.Second, LockTimeout: time.Microsecond, IdleInTransactionTimeout: -1, ApplicationName: "x"}, "x 1s 1ms 0 off off"},
+		{"string wins", db.Config{ConnString: with(t, "statement_timeout=3000&jit=on&application_name=mine"), StatementTimeout: time.Second, ApplicationName: "x"}, "mine 3s 5s 10s on off"},
+		{"options win", db.Config{ConnString: with(t, "options=-c%20lock_timeout%3D7s")}, "pgbroker 8s 7s 10s off off"},
+		{"none", db.Config{ConnString: p.ConnString, NoSessionSettings: true}, "pgbroker 0 0 0 on on"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			d, _ := open(t, tt.cfg)

@@ -120,14 +120,14 @@ func (q *Queries) RecordsEndIdle(ctx context.Context, arg RecordsEndIdleParams) 
 
 const recordsExcess = `-- name: RecordsExcess :one
 WITH page AS MATERIALIZED (
-  SELECT c.version, c.id FROM pgbroker.changes c
+  SELECT c.version, c.type, c.id FROM pgbroker.changes c
   WHERE c.type = $2 AND NOT c.deleted AND c.version > $1
   ORDER BY c.version LIMIT $3
 ),
 owners AS MATERIALIZED (
   SELECT DISTINCT r.index_fields -> 'user_id' AS user_id
   FROM page p
-  JOIN pgbroker.records r ON r.type = $2 AND r.id = p.id
+  JOIN pgbroker.records r ON r.type = ANY (ARRAY[p.type]) AND r.id = p.id
   WHERE r.index_fields ? 'user_id'
 ),
 ranked AS (
@@ -139,7 +139,7 @@ ranked AS (
   -- The fence keeps the planner from joining the whole table.
   CROSS JOIN LATERAL (
     SELECT records.id, records.version, records.data FROM pgbroker.records
-    WHERE records.type = $2 AND records.index_fields @> jsonb_build_object('user_id', o.user_id) OFFSET 0
+    WHERE records.type || '' = $2 AND records.index_fields @> jsonb_build_object('user_id', o.user_id) OFFSET 0
   ) r
   WHERE t.type = $2
 )
@@ -167,14 +167,14 @@ type RecordsExcessRow struct {
 // log: whoever has not got a new one is not above it.
 //
 //	WITH page AS MATERIALIZED (
-//	  SELECT c.version, c.id FROM pgbroker.changes c
+//	  SELECT c.version, c.type, c.id FROM pgbroker.changes c
 //	  WHERE c.type = $2 AND NOT c.deleted AND c.version > $1
 //	  ORDER BY c.version LIMIT $3
 //	),
 //	owners AS MATERIALIZED (
 //	  SELECT DISTINCT r.index_fields -> 'user_id' AS user_id
 //	  FROM page p
-//	  JOIN pgbroker.records r ON r.type = $2 AND r.id = p.id
+//	  JOIN pgbroker.records r ON r.type = ANY (ARRAY[p.type]) AND r.id = p.id
 //	  WHERE r.index_fields ? 'user_id'
 //	),
 //	ranked AS (
@@ -186,7 +186,7 @@ type RecordsExcessRow struct {
 //	  -- The fence keeps the planner from joining the whole table.
 //	  CROSS JOIN LATERAL (
 //	    SELECT records.id, records.version, records.data FROM pgbroker.records
-//	    WHERE records.type = $2 AND records.index_fields @> jsonb_build_object('user_id', o.user_id) OFFSET 0
+//	    WHERE records.type || '' = $2 AND records.index_fields @> jsonb_build_object('user_id', o.user_id) OFFSET 0
 //	  ) r
 //	  WHERE t.type = $2
 //	)
@@ -243,7 +243,7 @@ func (q *Queries) RecordsExpireByTTL(ctx context.Context, arg RecordsExpireByTTL
 const recordsGet = `-- name: RecordsGet :many
 SELECT r.type, r.id, r.version, r.modified_at, r.payload
 FROM ROWS FROM (unnest($1::text[]), unnest($2::text[])) AS k (type, id)
-JOIN pgbroker.records r ON r.type = k.type AND r.id = k.id
+JOIN pgbroker.records r ON r.type = ANY (ARRAY[k.type]) AND r.id = k.id
 `
 
 type RecordsGetParams struct {
@@ -263,7 +263,7 @@ type RecordsGetRow struct {
 //
 //	SELECT r.type, r.id, r.version, r.modified_at, r.payload
 //	FROM ROWS FROM (unnest($1::text[]), unnest($2::text[])) AS k (type, id)
-//	JOIN pgbroker.records r ON r.type = k.type AND r.id = k.id
+//	JOIN pgbroker.records r ON r.type = ANY (ARRAY[k.type]) AND r.id = k.id
 func (q *Queries) RecordsGet(ctx context.Context, arg RecordsGetParams) ([]RecordsGetRow, error) {
 	rows, err := q.db.Query(ctx, recordsGet, arg.Types, arg.IDs)
 	if err != nil {
@@ -518,12 +518,9 @@ const recordsReindex = `-- name: RecordsReindex :many
 UPDATE pgbroker.records r
 SET index_fields = CASE WHEN t.projected_fields <> '{}' THEN pgbroker.index_terms(r.data, t.projected_fields) END,
     expires_at = pgbroker.parse_time(r.data #>> string_to_array(t.expiry_field, '.'))
-FROM pgbroker.record_types t
-WHERE t.type = $1 AND r.type = $1
-  AND r.id IN (
-    SELECT p.id FROM pgbroker.records p
-    WHERE p.type = $1 AND p.id >= $2::text
-    ORDER BY p.id LIMIT $3)
+FROM pgbroker.record_types t,
+  (SELECT p.type, p.id FROM pgbroker.records p WHERE p.type = $1 AND p.id >= $2::text ORDER BY p.id LIMIT $3) AS page
+WHERE t.type = $1 AND r.type = ANY (ARRAY[page.type]) AND r.id = page.id
 RETURNING r.id
 `
 
@@ -539,12 +536,9 @@ type RecordsReindexParams struct {
 //	UPDATE pgbroker.records r
 //	SET index_fields = CASE WHEN t.projected_fields <> '{}' THEN pgbroker.index_terms(r.data, t.projected_fields) END,
 //	    expires_at = pgbroker.parse_time(r.data #>> string_to_array(t.expiry_field, '.'))
-//	FROM pgbroker.record_types t
-//	WHERE t.type = $1 AND r.type = $1
-//	  AND r.id IN (
-//	    SELECT p.id FROM pgbroker.records p
-//	    WHERE p.type = $1 AND p.id >= $2::text
-//	    ORDER BY p.id LIMIT $3)
+//	FROM pgbroker.record_types t,
+//	  (SELECT p.type, p.id FROM pgbroker.records p WHERE p.type = $1 AND p.id >= $2::text ORDER BY p.id LIMIT $3) AS page
+//	WHERE t.type = $1 AND r.type = ANY (ARRAY[page.type]) AND r.id = page.id
 //	RETURNING r.id
 func (q *Queries) RecordsReindex(ctx context.Context, arg RecordsReindexParams) ([]string, error) {
 	rows, err := q.db.Query(ctx, recordsReindex, arg.Type, arg.FromID, arg.MaxRows)
@@ -613,6 +607,7 @@ func (q *Queries) RecordsStage(ctx context.Context) error {
 }
 
 const recordsWrite = `-- name: RecordsWrite :many
+
 SELECT s.server_version, coalesce(c.version, 0)::bigint AS version, coalesce(c.type, '')::text AS type,
        coalesce(c.id, '')::text AS id, coalesce(c.changed_at, 'epoch')::timestamptz AS changed_at,
        coalesce(c.deleted, false)::boolean AS deleted
@@ -643,6 +638,7 @@ type RecordsWriteRow struct {
 	Deleted       bool
 }
 
+// by key, as in write_records
 // Writes or deletes records, all or nothing, and returns the changes made, beside the server version:
 // at least one row, without a change (version 0) if nothing was changed.
 //

@@ -157,6 +157,10 @@ func (s *source) setSessionDefaults(cfg *pgx.ConnConfig) {
 	// The statements are the same all day: planning each once is enough, compiling one (JIT) takes longer than any of them.
 	set("jit", "off")
 	set("plan_cache_mode", "force_generic_plan")
+	// Planned perhaps while a table is empty, they are to find their rows by key when it has grown, too.
+	set("enable_seqscan", "off")
+	set("enable_hashjoin", "off")
+	set("enable_mergejoin", "off")
 	// Nor are they worth a parallel plan, which starts processes; those that scan ask for one.
 	set("max_parallel_workers_per_gather", "0")
 	timeout := func(name string, value, standard time.Duration) {

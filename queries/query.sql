@@ -3,7 +3,8 @@
 --
 -- A filter is a jsonpath predicate over the projection; with_vars gives it the record's id, type and prefix
 -- as variables, which is what most of its time is spent on; the sub-select has it parsed once and not for
--- every record. Matching keys are collected and counted before any payload is read.
+-- every record. Matching keys are collected and counted before any payload is read. Why "= ANY" of one value joins them
+-- is said at write_records.
 
 -- name: QueryAll :many
 -- Every record of a type, or of all types; counted without a scan.
@@ -46,8 +47,11 @@ LEFT JOIN pgbroker.records r ON r.type = @type AND r.id = @id;
 -- addresses.
 WITH candidates AS (
   SELECT r.type, r.id
-  FROM pgbroker.record_types t
-  JOIN pgbroker.records r ON r.type = t.type AND r.id = ANY (@ids::text[])
+  FROM unnest(@ids::text[]) AS k (id)
+  CROSS JOIN pgbroker.record_types t
+  CROSS JOIN LATERAL (
+    SELECT records.type, records.id FROM pgbroker.records WHERE records.type = t.type AND records.id = k.id OFFSET 0
+  ) r
   WHERE @type::text = '' OR t.type = @type::text
   UNION
   SELECT r.type, r.id
@@ -60,8 +64,8 @@ WITH candidates AS (
 ),
 matched AS MATERIALIZED (
   SELECT r.type, r.id
-  FROM candidates
-  JOIN pgbroker.records r USING (type, id)
+  FROM candidates c
+  JOIN pgbroker.records r ON r.type = ANY (ARRAY[c.type]) AND r.id = c.id
   WHERE (@filter::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), (SELECT nullif(@filter::text, '')::jsonpath),
            CASE WHEN @with_vars::boolean
              THEN jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text) ELSE '{}' END, true))
@@ -74,8 +78,8 @@ SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_cou
 FROM pgbroker.versions v
 CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
 LEFT JOIN (
-  SELECT p.type, p.id, p.version, p.modified_at, p.payload FROM (SELECT * FROM matched ORDER BY matched.type, matched.id OFFSET @skip::bigint LIMIT @max_rows::bigint) m
-  JOIN pgbroker.records p USING (type, id)
+  SELECT m.type, m.id, p.version, p.modified_at, p.payload FROM (SELECT * FROM matched ORDER BY matched.type, matched.id OFFSET @skip::bigint LIMIT @max_rows::bigint) m
+  JOIN pgbroker.records p ON p.type = ANY (ARRAY[m.type]) AND p.id = m.id
 ) r ON true
 ORDER BY r.type, r.id;
 
@@ -86,7 +90,7 @@ WITH matched AS MATERIALIZED (
   SELECT r.type, r.id
   FROM pgbroker.records r
   WHERE r.index_fields @> ANY ((@terms::text[])::jsonb[])
-    AND r.type = @type
+    AND r.type || '' = @type -- so that nobody goes through the type by its key, however few records it seems to have
     AND (@filter::text = '' OR jsonb_path_match(coalesce(r.data, '{}'), (SELECT nullif(@filter::text, '')::jsonpath),
            CASE WHEN @with_vars::boolean
              THEN jsonb_build_object('id', r.id, 'type', r.type, 'cidr', r.index_cidr::text) ELSE '{}' END, true))
@@ -100,14 +104,14 @@ FROM pgbroker.versions v
 CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
 LEFT JOIN pgbroker.record_types t ON t.type = @type AND @field::text = ANY (t.indexed_fields)
 LEFT JOIN (
-  SELECT p.type, p.id, p.version, p.modified_at, p.payload FROM (SELECT * FROM matched ORDER BY matched.type, matched.id OFFSET @skip::bigint LIMIT @max_rows::bigint) m
-  JOIN pgbroker.records p USING (type, id)
+  SELECT m.type, m.id, p.version, p.modified_at, p.payload FROM (SELECT * FROM matched ORDER BY matched.type, matched.id OFFSET @skip::bigint LIMIT @max_rows::bigint) m
+  JOIN pgbroker.records p ON p.type = ANY (ARRAY[m.type]) AND p.id = m.id
 ) r ON true
 ORDER BY r.type, r.id;
 
 -- name: ScanInParallel :exec
--- Lets what follows in the transaction use two more processes.
-SELECT set_config('max_parallel_workers_per_gather', '2', true);
+-- Lets what follows in the transaction read whole tables, with two more processes.
+SELECT set_config('max_parallel_workers_per_gather', '2', true), set_config('enable_seqscan', 'on', true);
 
 -- name: QueryScan :many
 -- Records that match a filter, found by reading every record of the type, or of all types.
@@ -125,8 +129,8 @@ SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_cou
 FROM pgbroker.versions v
 CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
 LEFT JOIN (
-  SELECT p.type, p.id, p.version, p.modified_at, p.payload FROM (SELECT * FROM matched ORDER BY matched.type, matched.id OFFSET @skip::bigint LIMIT @max_rows::bigint) m
-  JOIN pgbroker.records p USING (type, id)
+  SELECT m.type, m.id, p.version, p.modified_at, p.payload FROM (SELECT * FROM matched ORDER BY matched.type, matched.id OFFSET @skip::bigint LIMIT @max_rows::bigint) m
+  JOIN pgbroker.records p ON p.type = ANY (ARRAY[m.type]) AND p.id = m.id
 ) r ON true
 ORDER BY r.type, r.id;
 
@@ -150,7 +154,7 @@ SELECT v.server_version, v.latest_version::bigint AS record_version, n.total_cou
 FROM pgbroker.versions v
 CROSS JOIN (SELECT count(*) AS total_count FROM matched) n
 LEFT JOIN (
-  SELECT p.type, p.id, p.version, p.modified_at, p.payload FROM (SELECT * FROM matched ORDER BY matched.type, matched.id OFFSET @skip::bigint LIMIT @max_rows::bigint) m
-  JOIN pgbroker.records p USING (type, id)
+  SELECT m.type, m.id, p.version, p.modified_at, p.payload FROM (SELECT * FROM matched ORDER BY matched.type, matched.id OFFSET @skip::bigint LIMIT @max_rows::bigint) m
+  JOIN pgbroker.records p ON p.type = ANY (ARRAY[m.type]) AND p.id = m.id
 ) r ON true
 ORDER BY r.type, r.id;

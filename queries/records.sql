@@ -7,7 +7,7 @@ WHERE type = @type AND id = @id;
 -- The live records among the given keys, in no particular order.
 SELECT r.type, r.id, r.version, r.modified_at, r.payload
 FROM ROWS FROM (unnest(@types::text[]), unnest(@ids::text[])) AS k (type, id)
-JOIN pgbroker.records r ON r.type = k.type AND r.id = k.id;
+JOIN pgbroker.records r ON r.type = ANY (ARRAY[k.type]) AND r.id = k.id; -- by key, as in write_records
 
 -- name: RecordsWrite :many
 -- Writes or deletes records, all or nothing, and returns the changes made, beside the server version:
@@ -101,14 +101,14 @@ SELECT pgbroker.end_idle_records(@type, @ids::text[], @versions::bigint[])::bigi
 -- Which records are above the limit of their user, of the users with a record in the next page of the change
 -- log: whoever has not got a new one is not above it.
 WITH page AS MATERIALIZED (
-  SELECT c.version, c.id FROM pgbroker.changes c
+  SELECT c.version, c.type, c.id FROM pgbroker.changes c
   WHERE c.type = @type AND NOT c.deleted AND c.version > @after_version
   ORDER BY c.version LIMIT @max_rows
 ),
 owners AS MATERIALIZED (
   SELECT DISTINCT r.index_fields -> 'user_id' AS user_id
   FROM page p
-  JOIN pgbroker.records r ON r.type = @type AND r.id = p.id
+  JOIN pgbroker.records r ON r.type = ANY (ARRAY[p.type]) AND r.id = p.id
   WHERE r.index_fields ? 'user_id'
 ),
 ranked AS (
@@ -120,7 +120,7 @@ ranked AS (
   -- The fence keeps the planner from joining the whole table.
   CROSS JOIN LATERAL (
     SELECT records.id, records.version, records.data FROM pgbroker.records
-    WHERE records.type = @type AND records.index_fields @> jsonb_build_object('user_id', o.user_id) OFFSET 0
+    WHERE records.type || '' = @type AND records.index_fields @> jsonb_build_object('user_id', o.user_id) OFFSET 0
   ) r
   WHERE t.type = @type
 )
@@ -139,12 +139,9 @@ SELECT pgbroker.end_excess_records(@type, @ids::text[], @versions::bigint[])::bi
 UPDATE pgbroker.records r
 SET index_fields = CASE WHEN t.projected_fields <> '{}' THEN pgbroker.index_terms(r.data, t.projected_fields) END,
     expires_at = pgbroker.parse_time(r.data #>> string_to_array(t.expiry_field, '.'))
-FROM pgbroker.record_types t
-WHERE t.type = @type AND r.type = @type
-  AND r.id IN (
-    SELECT p.id FROM pgbroker.records p
-    WHERE p.type = @type AND p.id >= @from_id::text
-    ORDER BY p.id LIMIT @max_rows)
+FROM pgbroker.record_types t,
+  (SELECT p.type, p.id FROM pgbroker.records p WHERE p.type = @type AND p.id >= @from_id::text ORDER BY p.id LIMIT @max_rows) AS page
+WHERE t.type = @type AND r.type = ANY (ARRAY[page.type]) AND r.id = page.id
 RETURNING r.id;
 
 -- name: RecordsStage :exec

@@ -8,10 +8,16 @@ import (
 	"testing"
 
 	"github.com/jackc/pgx/v5"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/structpb"
 	"pgregory.net/rapid"
 
 	"pgbroker/db"
 	"pgbroker/db/dbtest"
+	"pgbroker/proto/databroker"
+	"pgbroker/server/servertest"
 )
 
 // stored is what a record is expected to be.
@@ -193,6 +199,81 @@ func TestWritesLookUpByKey(t *testing.T) {
 	// A few look-ups for each record and round; reading all for each batch would be half a million.
 	if most := int64(20 * records); read > most || scanned > most {
 		t.Errorf("%d entries of indexes and %d rows of tables were read for %d records, want at most %d", read, scanned, records, most)
+	}
+}
+
+// TestReadsLookUpByKey: the same for what a replica is asked.
+func TestReadsLookUpByKey(t *testing.T) {
+	t.Parallel()
+	b := servertest.New(t, servertest.Options{ConfigureDB: func(c *db.Config) { c.MaxConns = 2 }})
+	for _, table := range []string{"records", "search_texts", "changes", "record_types"} {
+		b.Database.Exec(t, "ALTER TABLE pgbroker."+table+" SET (autovacuum_enabled = off)")
+	}
+	// No VACUUM in between: it has the statements planned anew.
+	if _, err := b.SetOptions(t.Context(), &databroker.SetOptionsRequest{
+		Type: "t", Options: &databroker.Options{IndexableFields: []string{"color"}},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	for _, table := range []string{"records", "search_texts", "changes"} {
+		b.Database.Exec(t, "VACUUM ANALYZE pgbroker."+table)
+	}
+	ask := func(i int) {
+		t.Helper()
+		if _, err := b.Get(t.Context(), &databroker.GetRequest{Type: "t", Id: fmt.Sprint(i)}); err != nil && status.Code(err) != codes.NotFound {
+			t.Fatal(err)
+		}
+		for _, filter := range []map[string]any{
+			{"id": fmt.Sprint(i)},
+			{"color": fmt.Sprint("c", i)},
+			{"$or": []any{map[string]any{"id": fmt.Sprint(i)}, map[string]any{"id": fmt.Sprint(i + 1)}}},
+		} {
+			asked, err := structpb.NewStruct(filter)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := b.Query(t.Context(), &databroker.QueryRequest{Type: "t", Filter: asked, Limit: 1}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	askAll := func(n int) {
+		var group errgroup.Group
+		for worker := range 2 {
+			group.Go(func() error {
+				for i := range n / 2 {
+					ask(2*i + worker)
+				}
+				return nil
+			})
+		}
+		if err := group.Wait(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	askAll(20)
+	const records = 3000
+	b.Database.Exec(t, `INSERT INTO pgbroker.records (type, id, payload, data)
+		SELECT 't', i, 'x', jsonb_build_object('color', 'c' || i) FROM generate_series(1, $1::integer) AS i`, records)
+	read := func() (n int64) {
+		t.Helper()
+		for worker := range 4 {
+			ask(worker) // what a connection has read is known a moment after its next statement
+		}
+		err := b.Database.Pool.QueryRow(t.Context(), `
+			SELECT (SELECT sum(idx_tup_read) FROM pg_stat_user_indexes WHERE relname IN ('records', 'search_texts')) +
+			       (SELECT sum(seq_tup_read) FROM pg_stat_user_tables WHERE relname IN ('records', 'search_texts'))`).Scan(&n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	before := read()
+	const questions = 200
+	askAll(questions)
+	b.Database.TerminateBackends(t, "pgbroker") // they say what they have read when they end
+	if n := read() - before; n > 20*questions {
+		t.Errorf("%d entries and rows were read for %d records", n, questions)
 	}
 }
 
