@@ -200,6 +200,8 @@ COMMENT ON COLUMN pgbroker.records.search_text IS 'Lower-case text of the payloa
 
 -- Rows that are compressed stay so until they are written again; that does no harm.
 ALTER TABLE pgbroker.records SET (fillfactor = 70, toast_tuple_target = 4080);
+ALTER TABLE pgbroker.records RESET (vacuum_truncate, toast.vacuum_truncate);
+ALTER TABLE pgbroker.changes RESET (vacuum_truncate);
 ALTER TABLE pgbroker.records
   ALTER COLUMN type SET STORAGE EXTENDED,
   ALTER COLUMN id SET STORAGE EXTENDED,

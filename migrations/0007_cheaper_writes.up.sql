@@ -347,3 +347,9 @@ EXCEPTION WHEN feature_not_supported THEN
   RAISE NOTICE 'this PostgreSQL has no lz4: large records are written more slowly';
 END
 $$;
+
+-- To give free space at the end of a table back to the file system, VACUUM locks everybody out, for up to a second: after
+-- many records have gone, the next revocation would wait for that. What comes next needs the space anyway.
+ALTER TABLE pgbroker.records SET (vacuum_truncate = off, toast.vacuum_truncate = off);
+ALTER TABLE pgbroker.search_texts SET (vacuum_truncate = off, toast.vacuum_truncate = off);
+ALTER TABLE pgbroker.changes SET (vacuum_truncate = off);

@@ -277,6 +277,32 @@ func TestReadsLookUpByKey(t *testing.T) {
 	}
 }
 
+// TestVacuumLocksNobodyOut: the space of records that have gone stays with the tables. To give it back VACUUM would lock
+// all writers out for a while.
+func TestVacuumLocksNobodyOut(t *testing.T) {
+	t.Parallel()
+	conn := dbtest.New(t).Connect(t)
+	for _, sql := range []string{
+		`INSERT INTO pgbroker.records (type, id, data) SELECT 't', i, '{"text": "some text"}' FROM generate_series(1, 20000) AS i`,
+		`DELETE FROM pgbroker.records`,
+		`DELETE FROM pgbroker.changes`,
+		`VACUUM pgbroker.records, pgbroker.search_texts, pgbroker.changes`,
+	} {
+		if _, err := conn.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, table := range []string{"records", "search_texts", "changes"} {
+		var size int64
+		if err := conn.QueryRow(t.Context(), "SELECT pg_relation_size('pgbroker."+table+"')").Scan(&size); err != nil {
+			t.Fatal(err)
+		}
+		if size == 0 {
+			t.Errorf("%s was truncated", table)
+		}
+	}
+}
+
 // TestOneSearchPathUnderTheOrderLock: a function that is called under another search path than before is planned anew. What
 // takes the order lock on the way of each write, before the triggers take it again, must do so under theirs.
 func TestOneSearchPathUnderTheOrderLock(t *testing.T) {

@@ -153,3 +153,15 @@ func must[T any](value T, err error) T {
 	}
 	return value
 }
+
+func TestStrideVisitsAll(t *testing.T) {
+	for _, n := range []int{1, 2, 3, 10, 97, 1000, 20_000} {
+		stride, seen := strideOf(n), make(map[int64]bool)
+		for i := range int64(n) {
+			seen[i*stride%int64(n)] = true
+		}
+		if len(seen) != n {
+			t.Errorf("%d of %d are visited with stride %d", len(seen), n, stride)
+		}
+	}
+}

@@ -95,6 +95,9 @@ func (r *report) describeMachine(dir string) {
 	if kind := fileSystemOf(dir); dir != "" && kind != "" {
 		r.machine = append(r.machine, Fact{"File system", kind})
 	}
+	if dir != "" {
+		r.machine = append(r.machine, Fact{"Database", "new, but for its write-ahead log, whose files were made before, as they are where a database has run for a while"})
+	}
 }
 
 // describePostgres notes the settings that matter.

@@ -60,6 +60,22 @@ const (
 	slowestReport = 11 * time.Second
 )
 
+// strideOf returns a number that has no divisor in common with n: its multiples modulo n are all numbers below n, in an order
+// that jumps about.
+func strideOf(n int) int64 {
+	gcd := func(a, b int64) int64 {
+		for b != 0 {
+			a, b = b, a%b
+		}
+		return a
+	}
+	stride := max(1, int64(float64(n)*0.618))
+	for gcd(int64(n), stride) != 1 {
+		stride++
+	}
+	return stride
+}
+
 // soak measures what a long time of sessions being used does to the database: whether updates stay in their page (HOT), and
 // whether tables, indexes and the change log stay as large as they are.
 func (r *runner) soak(ctx context.Context, o soakOptions) (*Result, error) {
@@ -110,9 +126,11 @@ func (r *runner) soak(ctx context.Context, o soakOptions) (*Result, error) {
 		sampled <- nil
 	}()
 	var patched atomic.Int64
+	stride := strideOf(o.sessions)
 	outcome, err := o.run(ctx, r.processes, r.progress, func(ctx context.Context, client int, n, _ int64) error {
-		// In an order that has nothing to do with that of ids.
-		record := stored.touch(uint32(n%int64(o.sessions)), time.Now())
+		// In an order that has nothing to do with that of ids, nor with that in which they were stored: neighbours in the
+		// table would be patched at the same moment.
+		record := stored.touch(uint32(n%int64(o.sessions)*stride%int64(o.sessions)), time.Now())
 		response, err := clients[client].Patch(ctx, &databroker.PatchRequest{Records: []*databroker.Record{record}, FieldMask: accessedMask})
 		if err != nil {
 			return err

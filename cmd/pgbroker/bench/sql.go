@@ -17,12 +17,15 @@ const (
 	// sqlSettings are the settings that decide how fast writes can be.
 	sqlSettings = `
 		SELECT name, CASE WHEN unit IS NULL OR unit = '' THEN setting ELSE current_setting(name) END FROM pg_settings
-		WHERE name IN ('server_version', 'fsync', 'synchronous_commit', 'full_page_writes', 'wal_level', 'shared_buffers', 'max_wal_size',
+		WHERE name IN ('server_version', 'fsync', 'synchronous_commit', 'full_page_writes', 'wal_level', 'shared_buffers', 'max_wal_size', 'min_wal_size',
 			'wal_sync_method', 'max_connections', 'jit')
 		ORDER BY name`
 
+	// sqlUseLog writes as much log as a checkpoint then finds to use again, so that no measurement waits for new files.
+	sqlUseLog = `SELECT count(pg_logical_emit_message(false, 'pgbroker', repeat('x', 1 << 20))) FROM generate_series(1, 1500)`
+
 	// sqlSettle does at once what autovacuum would do within minutes, so that no measurement has it by chance.
-	sqlSettle = `VACUUM (ANALYZE) pgbroker.records, pgbroker.changes`
+	sqlSettle = `VACUUM (ANALYZE) pgbroker.records, pgbroker.search_texts, pgbroker.changes`
 
 	// sqlLimitTable makes a plain table with the columns of the server's records, without triggers and with the primary key
 	// as the only index. %[1]s is a schema.
