@@ -521,7 +521,9 @@ func (c *common) limits(ctx context.Context, target Target, streams, stored int)
 			return r.query(ctx, readOptions{load: with(8, 0), stored: stored, by: "field"})
 		},
 		func() (*Result, error) { return r.syncLatest(ctx, readOptions{load: with(1, 0), stored: stored}) },
-		func() (*Result, error) { return r.fanout(ctx, fanoutOptions{load: with(publishers, 0), streams: streams}) },
+		func() (*Result, error) {
+			return r.fanout(ctx, fanoutOptions{load: with(publishers, 0), streams: streams})
+		},
 		func() (*Result, error) {
 			return r.fanout(ctx, fanoutOptions{load: with(8, eventRate), streams: streams})
 		},

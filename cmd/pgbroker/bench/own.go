@@ -45,7 +45,7 @@ func startOwn(ctx context.Context, program, dir string) (_ *own, err error) {
 	if err := os.Chmod(home, 0o711); err != nil { // started by root, Postgres runs as another user
 		return nil, fmt.Errorf("directory for the data: %w", err)
 	}
-	postgres, err := embedded.Start(ctx, embedded.Config{Dir: filepath.Join(home, "data"), Settings: ownSettings()})
+	postgres, err := embedded.Start(ctx, embedded.Config{Dir: filepath.Join(home, "data"), Settings: map[string]string{"min_wal_size": "2GB"}})
 	if err != nil {
 		return nil, err
 	}
@@ -96,13 +96,6 @@ func startOwn(ctx context.Context, program, dir string) (_ *own, err error) {
 		return nil, err
 	}
 	return o, nil
-}
-
-// ownSettings are those of a server that has the machine to itself.
-func ownSettings() map[string]string {
-	_, _, memory := machineFacts()
-	buffers := min(max(memory/6, 512<<20), 4<<30)
-	return map[string]string{"shared_buffers": fmt.Sprintf("%dMB", buffers>>20), "min_wal_size": "2GB"}
 }
 
 // useLog makes the database look like one that has run for a while: one that is new makes the files of its log while clients
