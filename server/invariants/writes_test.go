@@ -121,12 +121,14 @@ func wantStored(t *rapid.T, conn *pgx.Conn, model map[string]stored, tombstones 
 	if err != nil {
 		t.Fatal(err)
 	}
-	var key string
-	var record stored
-	if _, err := pgx.ForEachRow(rows, []any{&key, &record.version, &record.payload, &record.text}, func() error {
+	_, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (struct{}, error) {
+		var key string
+		var record stored
+		err := row.Scan(&key, &record.version, &record.payload, &record.text)
 		got[key] = record
-		return nil
-	}); err != nil {
+		return struct{}{}, err
+	})
+	if err != nil {
 		t.Fatal(err)
 	}
 	if !maps.Equal(got, model) {
