@@ -109,7 +109,8 @@ CREATE FUNCTION pgbroker.set_user_limit(record_type text, records integer) RETUR
 COMMENT ON FUNCTION pgbroker.set_user_limit(text, integer) IS
   'Each user keeps so many records of the type, those issued last, and older ones end; NULL takes that back.';
 
--- The functions below delete for the periodic work. Their names tell the audit why a record went. As in
+-- The functions below delete for the periodic work. Their names tell the audit why a record went. What is to go is found
+-- before the order lock is taken, which most of the time is not needed at all, and looked at once more under it. As in
 -- write_records only look-ups by key stay right when tables grow.
 
 CREATE FUNCTION pgbroker.expire_records(max_rows bigint) RETURNS bigint
@@ -117,13 +118,22 @@ CREATE FUNCTION pgbroker.expire_records(max_rows bigint) RETURNS bigint
   SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
   AS $$
 DECLARE
-  ended bigint;
+  -- One time for all: for one that may change from row to row the index would be read to its end.
+  present timestamptz := clock_timestamp();
+  types   text[];
+  ids     text[];
+  ended   bigint;
 BEGIN
-  DELETE FROM pgbroker.records
-    WHERE (type, id) IN (
-      SELECT r.type, r.id FROM pgbroker.records r
-      WHERE r.expires_at <= clock_timestamp()
-      ORDER BY r.expires_at LIMIT max_rows);
+  SELECT array_agg(e.type), array_agg(e.id) INTO types, ids
+    FROM (SELECT r.type, r.id FROM pgbroker.records r
+          WHERE r.expires_at <= present
+          ORDER BY r.expires_at LIMIT max_rows) AS e;
+  IF types IS NULL THEN
+    RETURN 0;
+  END IF;
+  DELETE FROM pgbroker.records r
+    USING unnest(types, ids) AS i (type, id)
+    WHERE r.type = ANY (ARRAY[i.type]) AND r.id = i.id AND r.expires_at <= present;
   GET DIAGNOSTICS ended = ROW_COUNT;
   RETURN ended;
 END
@@ -136,18 +146,25 @@ CREATE FUNCTION pgbroker.expire_by_ttl(record_type text, max_rows bigint) RETURN
   SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
   AS $$
 DECLARE
-  ended bigint;
+  types    text[];
+  ids      text[];
+  versions bigint[];
+  ended    bigint;
 BEGIN
   -- Versions ascend with time, so only the least recently written records are looked at.
-  DELETE FROM pgbroker.records
-    WHERE (type, id) IN (
-      SELECT o.type, o.id
-      FROM (
-        SELECT c.type, c.id, c.changed_at FROM pgbroker.changes c
-        WHERE c.type = record_type AND NOT c.deleted
-        ORDER BY c.version LIMIT max_rows
-      ) o
-      WHERE o.changed_at < clock_timestamp() - (SELECT t.ttl FROM pgbroker.record_types t WHERE t.type = record_type));
+  SELECT array_agg(o.type), array_agg(o.id), array_agg(o.version) INTO types, ids, versions
+    FROM (
+      SELECT c.type, c.id, c.version, c.changed_at FROM pgbroker.changes c
+      WHERE c.type = record_type AND NOT c.deleted
+      ORDER BY c.version LIMIT max_rows
+    ) o
+    WHERE o.changed_at < clock_timestamp() - (SELECT t.ttl FROM pgbroker.record_types t WHERE t.type = record_type);
+  IF types IS NULL THEN
+    RETURN 0;
+  END IF;
+  DELETE FROM pgbroker.records r
+    USING unnest(types, ids, versions) AS i (type, id, version)
+    WHERE r.type = ANY (ARRAY[i.type]) AND r.id = i.id AND r.version = i.version;
   GET DIAGNOSTICS ended = ROW_COUNT;
   RETURN ended;
 END
@@ -163,8 +180,8 @@ DECLARE
   ended bigint;
 BEGIN
   DELETE FROM pgbroker.records r
-    USING unnest(ids, versions) AS i (id, version)
-    WHERE r.type = record_type AND r.id = i.id AND r.version = i.version;
+    USING unnest(array_fill(record_type, ARRAY[cardinality(ids)]), ids, versions) AS i (type, id, version)
+    WHERE r.type = ANY (ARRAY[i.type]) AND r.id = i.id AND r.version = i.version;
   GET DIAGNOSTICS ended = ROW_COUNT;
   RETURN ended;
 END
@@ -180,8 +197,8 @@ DECLARE
   ended bigint;
 BEGIN
   DELETE FROM pgbroker.records r
-    USING unnest(ids, versions) AS i (id, version)
-    WHERE r.type = record_type AND r.id = i.id AND r.version = i.version;
+    USING unnest(array_fill(record_type, ARRAY[cardinality(ids)]), ids, versions) AS i (type, id, version)
+    WHERE r.type = ANY (ARRAY[i.type]) AND r.id = i.id AND r.version = i.version;
   GET DIAGNOSTICS ended = ROW_COUNT;
   RETURN ended;
 END

@@ -279,6 +279,66 @@ func TestReadsLookUpByKey(t *testing.T) {
 	}
 }
 
+// TestExpiryReadsWhatHasExpired: looking for what has expired costs what has expired, however many records have not, and
+// waits for no writer when there is nothing.
+func TestExpiryReadsWhatHasExpired(t *testing.T) {
+	t.Parallel()
+	database := dbtest.New(t)
+	conn := database.Connect(t)
+	count := func(sql string, args ...any) (n int64) {
+		t.Helper()
+		if err := conn.QueryRow(t.Context(), sql, args...).Scan(&n); err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	const sessions = 5000
+	insert := func(from, to int, expiry string) {
+		t.Helper()
+		if _, err := conn.Exec(t.Context(), `INSERT INTO pgbroker.records (type, id, data)
+			SELECT 'type.googleapis.com/session.Session', 's' || i, jsonb_build_object('expires_at', now() + $3::text::interval)
+			FROM generate_series($1::integer, $2::integer) AS i`, from, to, expiry); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const read = `SELECT sum(idx_tup_read) + sum(seq_tup_read) FROM pg_stat_user_indexes i JOIN pg_stat_user_tables t USING (relid) WHERE t.relname = 'records'`
+	flush := func() {
+		t.Helper()
+		if _, err := conn.Exec(t.Context(), "SELECT pg_stat_force_next_flush()"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	count("SELECT pgbroker.expire_records(200)") // planned on an empty table
+	insert(1, sessions, "1 hour")
+	flush()
+	before := count(read)
+	writer := database.Connect(t)
+	if _, err := writer.Exec(t.Context(), "BEGIN; SELECT pgbroker.lock_order()"); err != nil {
+		t.Fatal(err)
+	}
+	for range 10 {
+		if n := count("SELECT pgbroker.expire_records(200)"); n != 0 {
+			t.Errorf("%d sessions ended before their time", n)
+		}
+	}
+	if _, err := writer.Exec(t.Context(), "ROLLBACK"); err != nil {
+		t.Fatal(err)
+	}
+	insert(sessions+1, sessions+30, "-1 hour")
+	for _, want := range []int64{20, 10, 0} {
+		if n := count("SELECT pgbroker.expire_records(20)"); n != want {
+			t.Errorf("%d sessions ended, want %d", n, want)
+		}
+	}
+	flush()
+	if n := count(read) - before; n > sessions {
+		t.Errorf("%d entries and rows were read to find 30 that had expired", n)
+	}
+	if n := count("SELECT count(*) FROM pgbroker.records"); n != sessions {
+		t.Errorf("%d sessions are left, want %d", n, sessions)
+	}
+}
+
 // TestVacuumLocksNobodyOut: the space of records that have gone stays with the tables. To give it back VACUUM would lock
 // all writers out for a while.
 func TestVacuumLocksNobodyOut(t *testing.T) {
