@@ -149,7 +149,7 @@ WITH oldest AS (
 purged AS (
   DELETE FROM pgbroker.changes c
   USING oldest o
-  WHERE c.version = o.version AND o.changed_at < clock_timestamp() - $2::interval
+  WHERE c.version = ANY (ARRAY[o.version]) AND o.changed_at < clock_timestamp() - $2::interval -- by key, as in write_records
   RETURNING c.type, c.version
 ),
 noted AS (
@@ -178,7 +178,7 @@ type ChangesPurgeTombstonesParams struct {
 //	purged AS (
 //	  DELETE FROM pgbroker.changes c
 //	  USING oldest o
-//	  WHERE c.version = o.version AND o.changed_at < clock_timestamp() - $2::interval
+//	  WHERE c.version = ANY (ARRAY[o.version]) AND o.changed_at < clock_timestamp() - $2::interval -- by key, as in write_records
 //	  RETURNING c.type, c.version
 //	),
 //	noted AS (

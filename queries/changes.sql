@@ -47,7 +47,7 @@ WITH oldest AS (
 purged AS (
   DELETE FROM pgbroker.changes c
   USING oldest o
-  WHERE c.version = o.version AND o.changed_at < clock_timestamp() - @retention::interval
+  WHERE c.version = ANY (ARRAY[o.version]) AND o.changed_at < clock_timestamp() - @retention::interval -- by key, as in write_records
   RETURNING c.type, c.version
 ),
 noted AS (
