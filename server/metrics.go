@@ -12,6 +12,7 @@ type metrics struct {
 	streams    prometheus.Gauge
 	delivered  prometheus.Counter
 	maintained *prometheus.CounterVec
+	accepted   *prometheus.CounterVec
 	rejected   *prometheus.CounterVec
 }
 
@@ -26,14 +27,17 @@ func newMetrics() *metrics {
 		maintained: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "pgbroker_maintenance_rows_total", Help: "Rows handled by the periodic work.",
 		}, []string{"job"}),
+		accepted: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "pgbroker_auth_accepted_total", Help: "Requests and streams that were let in, by the name of the key that signed them.",
+		}, []string{"key"}),
 		rejected: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "pgbroker_auth_rejected_total", Help: "Requests without a valid token, by reason.",
+			Name: "pgbroker_auth_rejected_total", Help: "Requests without a valid token, or with a key that may not be used for them, by reason.",
 		}, []string{"reason"}),
 	}
 }
 
 func (m *metrics) collectors() []prometheus.Collector {
-	return []prometheus.Collector{m.streams, m.delivered, m.maintained, m.rejected}
+	return []prometheus.Collector{m.streams, m.delivered, m.maintained, m.accepted, m.rejected}
 }
 
 // reading is a metric that is read from somewhere else when it is asked for.

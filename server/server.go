@@ -36,6 +36,7 @@ import (
 	"pgbroker/proto/registry"
 	"pgbroker/server/auth"
 	"pgbroker/server/changefeed"
+	"pgbroker/server/reload"
 )
 
 // Defaults of Config.
@@ -106,6 +107,7 @@ type Server struct {
 	feed      *changefeed.Feed
 	services  *serviceFeed
 	metrics   *metrics
+	auth      *auth.Authenticator
 	limiter   *limiter
 	bounded   *db.Queries // for reads whose size a client decides
 	blockers  *blockerWatch
@@ -174,6 +176,7 @@ func (s *Server) newGRPC() error {
 	if err != nil {
 		return err
 	}
+	s.auth = authenticator
 	requests := grpcprometheus.NewServerMetrics(grpcprometheus.WithServerHandlingTimeHistogram())
 	recovered := recovery.WithRecoveryHandlerContext(s.recovered)
 	options := []grpc.ServerOption{
@@ -223,12 +226,13 @@ func (s *Server) newGRPC() error {
 }
 
 func (s *Server) authenticator() (*auth.Authenticator, error) {
-	if len(s.config.Auth.Secrets)+len(s.config.Auth.Files) == 0 && s.config.AllowUnauthenticated {
+	if len(s.config.Auth.Secrets)+len(s.config.Auth.Files)+len(s.config.Auth.Keys) == 0 && s.config.AllowUnauthenticated {
 		s.logger.Warn("requests are not authenticated")
 		return auth.Disabled(), nil
 	}
 	config := s.config.Auth
 	config.Log = s.logger
+	config.OnAccept = func(caller auth.Caller, _ string) { s.metrics.accepted.WithLabelValues(caller.Key).Inc() }
 	config.OnReject = func(reason auth.Reason) { s.metrics.rejected.WithLabelValues(string(reason)).Inc() }
 	for _, reason := range auth.Reasons() {
 		s.metrics.rejected.WithLabelValues(string(reason)) // a metric that is there before it is needed
@@ -239,6 +243,22 @@ func (s *Server) authenticator() (*auth.Authenticator, error) {
 	}
 	s.logger.Info("requests are authenticated", "keys", authenticator.Fingerprints())
 	return authenticator, nil
+}
+
+// endStreamsOfOldKeys keeps whoever had a key from going on with a stream after it was withdrawn, until ctx ends.
+func (s *Server) endStreamsOfOldKeys(ctx context.Context) {
+	tick := time.NewTicker(reload.Interval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			if ended := s.auth.EndStreams(); ended > 0 {
+				s.logger.InfoContext(ctx, "streams are ended, because their key is no longer accepted", "streams", ended)
+			}
+		}
+	}
 }
 
 // Run serves on a listener until ctx ends, then lets requests end, and returns when everything has
@@ -256,6 +276,7 @@ func (s *Server) Run(ctx context.Context, listener net.Listener) error {
 	group.Go(func() error { periodic.run(background); return nil })
 	group.Go(func() error { s.blockers.run(background); return nil })
 	group.Go(func() error { s.reportHealth(background); return nil })
+	group.Go(func() error { s.endStreamsOfOldKeys(background); return nil })
 
 	served := make(chan error, 1)
 	go func() { served <- s.grpc.Serve(s.limiter.listener(listener)) }()

@@ -69,7 +69,7 @@ func (r *recorder) lines(t *testing.T) (lines []map[string]any) {
 
 func (r *recorder) config(c Config) Config {
 	c.Log = slog.New(slog.NewJSONHandler(r, nil))
-	c.OnAccept = func(fingerprint string) {
+	c.OnAccept = func(_ Caller, fingerprint string) {
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		r.accepted = append(r.accepted, fingerprint)
@@ -143,6 +143,21 @@ func TestNewRefuses(t *testing.T) {
 		{"empty second secret", Config{Secrets: []string{fixedSecret, ""}}, "shared secret 2 of 2: empty"},
 		{"empty file name", Config{Secrets: []string{fixedSecret}, Files: []string{""}}, "the file name is empty"},
 		{"absent file", Config{Secrets: []string{fixedSecret}, Files: []string{absent}}, absent + ": no such file"},
+		{"no name", Config{Keys: []NamedKey{{Secret: fixedSecret, Access: AccessRead}}}, "key 1: name: want 1 to 64 letters"},
+		{"bad name", Config{Keys: []NamedKey{{Name: "a b", Secret: fixedSecret, Access: AccessRead}}}, "key 1: name: want 1 to 64 letters"},
+		{"long name", Config{Keys: []NamedKey{{Name: strings.Repeat("a", 65), Secret: fixedSecret, Access: AccessRead}}}, "key 1: name: want"},
+		{"taken name", Config{Keys: []NamedKey{{Name: SharedSecret, Secret: fixedSecret, Access: AccessRead}}}, "is the name of keys without one"},
+		{"no access", Config{Keys: []NamedKey{{Name: "a", Secret: fixedSecret}}}, "key a: access: want read, write or admin"},
+		{"no secret", Config{Keys: []NamedKey{{Name: "a", Access: AccessRead}}}, "key a: want either a secret or the file"},
+		{"two secrets", Config{Keys: []NamedKey{{Name: "a", Secret: fixedSecret, File: absent, Access: AccessRead}}}, "key a: want either a secret or the file"},
+		{"bad secret of a key", Config{Keys: []NamedKey{{Name: "a", Secret: "short", Access: AccessRead}}}, "key a: secret: not padded"},
+		{"absent file of a key", Config{Keys: []NamedKey{{Name: "a", File: absent, Access: AccessRead}}}, "key a: shared secret file " + absent},
+		{"one name, two rights", Config{Keys: []NamedKey{
+			{Name: "a", Secret: fixedSecret, Access: AccessRead}, {Name: "a", Secret: NewKey().Secret(), Access: AccessWrite},
+		}}, "key a: has access read in one place and write in another"},
+		{"one secret, two names", Config{Secrets: []string{fixedSecret}, Keys: []NamedKey{{Name: "a", Secret: fixedSecret, Access: AccessRead}}},
+			"key a has the same secret as key shared-secret"},
+		{"too many", Config{Secrets: slices.Repeat([]string{fixedSecret}, MaxKeys+1)}, "65 shared secrets, at most 64"},
 		{"secret for a file name", Config{Files: []string{fixedSecret}}, "got a shared secret where the name of a file is wanted"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -248,9 +263,11 @@ func TestPublic(t *testing.T) {
 
 // A client that is refused over and over is logged once, with what is needed to find out why, and counted each time.
 func TestRejectionLog(t *testing.T) {
-	key, other := NewKey(), NewKey()
+	key, weak, other := NewKey(), NewKey(), NewKey()
 	var r recorder
-	a := newAuthenticator(t, r.config(Config{Secrets: []string{key.Secret()}}))
+	a := newAuthenticator(t, r.config(Config{
+		Secrets: []string{key.Secret()}, Keys: []NamedKey{{Name: "weak", Secret: weak.Secret(), Access: AccessRead}},
+	}))
 	present := time.Now()
 	tokens := map[Reason]string{
 		ReasonMalformed:    "garbage",
@@ -259,7 +276,11 @@ func TestRejectionLog(t *testing.T) {
 		ReasonExtraClaim:   sign(key, crypto.SHA256, hs256Header, `{"exp":4102444800,"iss":"x"}`),
 		ReasonExpired:      sign(key, crypto.SHA256, hs256Header, claims(present.Add(-time.Hour).Unix())),
 		ReasonClock:        sign(key, crypto.SHA256, hs256Header, claims(present.Add(-time.Minute).Unix())),
+		ReasonAccess:       fresh(t, weak),
 	}
+	names := map[Reason]any{
+		ReasonExtraClaim: SharedSecret, ReasonExpired: SharedSecret, ReasonClock: SharedSecret, ReasonAccess: "weak",
+	} // where the key is known
 	for _, reason := range Reasons() {
 		t.Run(string(reason), func(t *testing.T) {
 			var token []string
@@ -282,8 +303,8 @@ func TestRejectionLog(t *testing.T) {
 			for i, host := range []string{"192.0.2.1", "2001:db8::1"} {
 				line := lines[i]
 				if line["level"] != "WARN" || line["peer"] != host || line["reason"] != string(reason) ||
-					line["method"] != "/databroker.DataBrokerService/Put" ||
-					fmt.Sprint(line["accepted_keys"]) != fmt.Sprint([]string{key.Fingerprint()}) {
+					line["method"] != "/databroker.DataBrokerService/Put" || line["key"] != names[reason] ||
+					fmt.Sprint(line["accepted_keys"]) != fmt.Sprint([]string{key.Fingerprint(), weak.Fingerprint()}) {
 					t.Errorf("got %v", line)
 				}
 				if _, ok := line["expired"]; ok != (reason == ReasonExpired || reason == ReasonClock) {
@@ -341,11 +362,11 @@ func TestRejectionLogIsBounded(t *testing.T) {
 	var l peerLog
 	logged := 0
 	for i := range 10 * maxRemembered {
-		l.first(fmt.Sprint("stranger ", i), ReasonMissing, nil)
+		l.first(peerReason{host: fmt.Sprint("stranger ", i), reason: ReasonMissing}, nil)
 		if n := len(l.recent) + len(l.older); n > maxRemembered {
 			t.Fatalf("remembers %d", n)
 		}
-		if l.first("regular", ReasonMissing, nil) {
+		if l.first(peerReason{host: "regular", reason: ReasonMissing}, nil) {
 			logged++
 		}
 	}
@@ -389,7 +410,7 @@ func TestFileChanges(t *testing.T) {
 			t.Errorf("logged %v, want the client again that was refused before, because the keys are others", lines[1])
 		}
 
-		for _, spoiled := range []string{"", first.Secret()[:40], "rubbish\n", second.Secret() + " "} {
+		for _, spoiled := range []string{first.Secret()[:40], "rubbish\n", second.Secret() + " "} {
 			for range 3 {
 				write(spoiled)
 				accepts(fmt.Sprintf("spoiled as %q", spoiled), second, literal)
@@ -403,15 +424,57 @@ func TestFileChanges(t *testing.T) {
 			}
 		}
 
-		if err := os.Remove(file); err != nil {
+		// What cannot be read is a mistake, too.
+		aside := file + ".aside"
+		if err := errors.Join(os.Rename(file, aside), os.Mkdir(file, 0o700)); err != nil {
 			t.Fatal(err)
 		}
 		for range 3 {
 			time.Sleep(time.Second)
-			accepts("removed", second, literal)
+			accepts("unreadable", second, literal)
 		}
-		if lines := r.lines(t); len(lines) != 1 || !strings.Contains(fmt.Sprint(lines[0]["error"]), "no such file") {
-			t.Errorf("logged %v, want the missing file once", lines)
+		if lines := r.lines(t); len(lines) != 1 || !strings.Contains(fmt.Sprint(lines[0]["error"]), "directory") {
+			t.Errorf("logged %v, want the file that cannot be read once", lines)
+		}
+		if err := errors.Join(os.Remove(file), os.Rename(aside, file)); err != nil {
+			t.Fatal(err)
+		}
+
+		// What is taken away is meant.
+		remove := func() {
+			t.Helper()
+			if err := os.Remove(file); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(time.Second)
+		}
+		for _, gone := range []struct {
+			name string
+			do   func()
+		}{
+			{"emptied", func() { write("") }}, {"a line without anything", func() { write("\n") }}, {"blank", func() { write(" \n\t\n") }}, {"removed", remove},
+		} {
+			write(second.Secret())
+			accepts("before it is "+gone.name, second, literal)
+			r.lines(t)
+			gone.do()
+			for range 3 {
+				accepts(gone.name, literal)
+				time.Sleep(time.Second)
+			}
+			if got, want := a.Fingerprints(), []string{literal.Fingerprint()}; !slices.Equal(got, want) {
+				t.Errorf("%s: fingerprints %v, want %v", gone.name, got, want)
+			}
+			lines := r.lines(t)
+			if len(lines) == 0 || lines[0]["level"] != "ERROR" || !strings.Contains(fmt.Sprint(lines[0]["msg"]), "no longer in force") {
+				t.Errorf("%s: logged %v, want that first", gone.name, lines)
+			}
+			if n := strings.Count(fmt.Sprint(lines), "no longer in force"); n != 1 {
+				t.Errorf("%s: logged %d times, want once", gone.name, n)
+			}
+			// Garbage does not bring back what was taken away.
+			write("rubbish")
+			accepts(gone.name+", then rubbish", literal)
 		}
 		write(first.Secret())
 		accepts("back", first, literal)
@@ -551,7 +614,7 @@ func TestCredentials(t *testing.T) {
 			if err != nil || len(md) != 1 {
 				t.Fatalf("got %v, %v", md, err)
 			}
-			v := verify(md[MetadataKey], []*signer{newSigner(key)}, time.Now())
+			v := verify(md[MetadataKey], []*signer{newSigner(key, Caller{})}, time.Now())
 			if v.reason != "" || v.expires != time.Now().Add(time.Hour).Unix() {
 				t.Errorf("got %q, expires %d at %d", v.reason, v.expires, time.Now().Unix())
 			}

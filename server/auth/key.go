@@ -82,19 +82,20 @@ func parseKey(secret string) (Key, error) {
 // ReadKey returns the key of the shared secret that a file holds. One line break at the end of the file is allowed, since
 // editors and echo add one; everything else is as for [ParseKey]. Errors name the file.
 func ReadKey(path string) (Key, error) {
-	file, err := openKeyFile(path, nil)
+	file, err := openKeyFile(path, Caller{}, nil)
 	if err != nil {
 		return Key{}, err
 	}
 	return file.Get().key, nil
 }
 
-// openKeyFile returns the key in a file, which follows the file from then on.
-func openKeyFile(path string, log *slog.Logger) (*reload.Value[*signer], error) {
+// openKeyFile returns the key in a file, which follows the file from then on: another secret takes the place of the first,
+// and where there is none any more, the key is nil.
+func openKeyFile(path string, caller Caller, log *slog.Logger) (*reload.Value[*signer], error) {
 	if _, err := parseKey(path); err == nil { // else the error of opening it would show it
 		return nil, errors.New("shared secret file: got a shared secret where the name of a file is wanted")
 	}
-	return reload.New("shared secret file "+path, []string{path}, func(contents [][]byte) (*signer, error) {
+	file, err := reload.New("shared secret file "+path, []string{path}, func(contents [][]byte) (*signer, error) {
 		secret := string(contents[0])
 		if line, ok := strings.CutSuffix(secret, "\n"); ok {
 			secret = strings.TrimSuffix(line, "\r") // the line break of Windows
@@ -103,8 +104,13 @@ func openKeyFile(path string, log *slog.Logger) (*reload.Value[*signer], error) 
 		if err != nil {
 			return nil, err
 		}
-		return newSigner(key), nil
+		return newSigner(key, caller), nil
 	}, log)
+	if err != nil {
+		return nil, err
+	}
+	file.WithdrawWhenGone(nil)
+	return file, nil
 }
 
 // Secret returns the key as a shared secret, the inverse of [ParseKey], or "" for the zero Key.

@@ -135,7 +135,7 @@ func TestFormattingHidesKeys(t *testing.T) {
 	var texts []string
 	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%X", "%d", "%t", "%08b"} {
 		// A key's own methods, a key in structs whose fields fmt may call methods on, and in structs where it may not.
-		for _, value := range []any{key, &key, nested, &nested, []Key{key}, map[Key]Key{key: key}, newSigner(key), a, NewCredentials(key)} {
+		for _, value := range []any{key, &key, nested, &nested, []Key{key}, map[Key]Key{key: key}, newSigner(key, Caller{}), a, NewCredentials(key)} {
 			texts = append(texts, fmt.Sprintf(verb, value))
 		}
 	}
@@ -148,7 +148,7 @@ func TestFormattingHidesKeys(t *testing.T) {
 	}
 	var log bytes.Buffer
 	for _, handler := range []slog.Handler{slog.NewJSONHandler(&log, nil), slog.NewTextHandler(&log, nil)} {
-		slog.New(handler).Info("", "key", key, "nested", nested, "signer", newSigner(key), "pointer", &key, "credentials", NewCredentials(key))
+		slog.New(handler).Info("", "key", key, "nested", nested, "signer", newSigner(key, Caller{}), "pointer", &key, "credentials", NewCredentials(key))
 	}
 	texts = append(texts, log.String())
 	for _, text := range texts {

@@ -27,6 +27,7 @@ var explanations = map[Reason]string{
 	ReasonExtraClaim:   "request rejected: its token has claims other than exp, the only one allowed",
 	ReasonExpired:      "request rejected: its token has expired; the client reuses tokens or a clock is wrong",
 	ReasonClock:        "request rejected: its token has just expired; the client reuses tokens or a clock is wrong",
+	ReasonAccess:       "request rejected: its key has less access than it needs",
 	longLived:          "request accepted, but its token expires later than a new one would; a clock may be wrong",
 }
 
@@ -46,12 +47,13 @@ type peerLog struct {
 type peerReason struct {
 	host   string
 	reason Reason
+	key    string // its name, where it is known
 }
 
 // rejected logs that a request for method was rejected at now.
 func (l *peerLog) rejected(ctx context.Context, method string, v verdict, now time.Time, fingerprints []string) {
 	host := peerHost(ctx)
-	if !l.first(host, v.reason, fingerprints) {
+	if !l.first(peerReason{host, v.reason, v.keyName()}, fingerprints) {
 		return
 	}
 	attrs := []slog.Attr{
@@ -59,6 +61,12 @@ func (l *peerLog) rejected(ctx context.Context, method string, v verdict, now ti
 		slog.String("reason", string(v.reason)),
 		slog.String("method", method),
 		slog.Any("accepted_keys", fingerprints),
+	}
+	if v.signer != nil {
+		attrs = append(attrs, slog.String("key", v.keyName()))
+	}
+	if v.reason == ReasonAccess {
+		attrs = append(attrs, slog.String("access", v.signer.caller.Access.String()), slog.String("needed", Needed(method).String()))
 	}
 	if v.reason == ReasonExpired || v.reason == ReasonClock {
 		attrs = append(attrs, slog.Time("expired", time.Unix(v.expires, 0).UTC()), slog.Time("now", now.UTC()))
@@ -69,27 +77,35 @@ func (l *peerLog) rejected(ctx context.Context, method string, v verdict, now ti
 // longLived logs that a request was accepted at now although its token is valid for longer than clients make them.
 func (l *peerLog) longLived(ctx context.Context, method string, v verdict, now time.Time, fingerprints []string) {
 	host := peerHost(ctx)
-	if !l.first(host, longLived, fingerprints) {
+	if !l.first(peerReason{host, longLived, v.keyName()}, fingerprints) {
 		return
 	}
 	l.log.LogAttrs(ctx, slog.LevelWarn, explanations[longLived],
 		slog.String("peer", host),
 		slog.String("reason", string(ReasonClock)),
 		slog.String("method", method),
+		slog.String("key", v.keyName()),
 		slog.Int64("expires_unix", v.expires), // any number at all, so not a time
 		slog.Time("now", now.UTC()),
 	)
 }
 
+// keyName is the name of the key that signed a token, or nothing.
+func (v verdict) keyName() string {
+	if v.signer == nil {
+		return ""
+	}
+	return v.signer.caller.Key
+}
+
 // first reports whether nothing was logged yet about a client for a reason, and remembers that now it was.
-func (l *peerLog) first(host string, reason Reason, fingerprints []string) bool {
+func (l *peerLog) first(id peerReason, fingerprints []string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if !slices.Equal(fingerprints, l.fingerprints) || l.recent == nil {
 		l.fingerprints = fingerprints
 		l.recent, l.older = make(map[peerReason]struct{}), nil
 	}
-	id := peerReason{host, reason}
 	if _, ok := l.recent[id]; ok {
 		return false
 	}

@@ -43,6 +43,7 @@ func (a algorithm) newHash() hash.Hash {
 // signer computes the MACs of one key.
 type signer struct {
 	key         Key
+	caller      Caller // whoever has the key
 	fingerprint string
 	macs        [algorithms]sync.Pool // of *mac
 }
@@ -53,16 +54,21 @@ type mac struct {
 	in, sum []byte
 }
 
-func newSigner(key Key) *signer {
-	s := &signer{key: key, fingerprint: key.Fingerprint()}
+func newSigner(key Key, caller Caller) *signer {
+	s := &signer{key: key, caller: caller, fingerprint: key.Fingerprint()}
 	for alg := range algorithms {
 		s.macs[alg].New = func() any { return &mac{Hash: hmac.New(alg.newHash, key.bytes())} }
 	}
 	return s
 }
 
-// LogValue implements [slog.LogValuer].
-func (s *signer) LogValue() slog.Value { return s.key.LogValue() }
+// LogValue implements [slog.LogValuer]. A nil signer is that of a key that was withdrawn.
+func (s *signer) LogValue() slog.Value {
+	if s == nil {
+		return slog.StringValue("none")
+	}
+	return s.key.LogValue()
+}
 
 // signed reports whether signature is the MAC of input.
 func (s *signer) signed(alg algorithm, input string, signature []byte) bool {

@@ -59,7 +59,7 @@ func signSegments(key Key, hash crypto.Hash, header, payload string) string {
 func claims(exp int64) string { return fmt.Sprintf(`{"exp":%d}`, exp) }
 
 func TestVerifyAcceptsForeignTokens(t *testing.T) {
-	keys := []*signer{newSigner(NewKey()), newSigner(parsed(t, fixedSecret)), newSigner(NewKey())}
+	keys := []*signer{newSigner(NewKey(), Caller{}), newSigner(parsed(t, fixedSecret), Caller{}), newSigner(NewKey(), Caller{})}
 	for alg, token := range fixedTokens {
 		v := verify(token, keys, now)
 		if v.reason != "" || v.expires != 4102444800 || v.signer != keys[1] {
@@ -209,12 +209,12 @@ func TestVerify(t *testing.T) {
 		{"longest ago", with(`{"exp":-9223372036854775808}`), ReasonExpired},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			keys := []*signer{newSigner(key)}
+			keys := []*signer{newSigner(key, Caller{})}
 			if got := verify(test.token, keys, now).reason; got != test.want {
 				t.Errorf("got %q, want %q", got, test.want)
 			}
 			// With more keys the outcome is the same, and without ours nothing is accepted.
-			keys = []*signer{newSigner(NewKey()), newSigner(key), newSigner(NewKey())}
+			keys = []*signer{newSigner(NewKey(), Caller{}), newSigner(key, Caller{}), newSigner(NewKey(), Caller{})}
 			if got := verify(test.token, keys, now).reason; got != test.want {
 				t.Errorf("with several keys: got %q, want %q", got, test.want)
 			}
@@ -228,7 +228,7 @@ func TestVerify(t *testing.T) {
 func TestVerifyHasNoLeeway(t *testing.T) {
 	key := NewKey()
 	token := sign(key, crypto.SHA256, hs256Header, claims(now.Unix()))
-	keys := []*signer{newSigner(key)}
+	keys := []*signer{newSigner(key, Caller{})}
 	if v := verify(token, keys, now); v.reason != "" {
 		t.Errorf("at exp: %q", v.reason)
 	}
@@ -277,7 +277,7 @@ func members(object []byte) (n int) {
 
 // checkAgainstReference fails if verify and the library disagree about a token in other ways than we mean to.
 func checkAgainstReference(t interface{ Fatalf(string, ...any) }, token string, key Key, now time.Time) {
-	v := verify(token, []*signer{newSigner(key)}, now)
+	v := verify(token, []*signer{newSigner(key, Caller{})}, now)
 	err := reference(token, key, now)
 	if (v.reason == "") == (err == nil) {
 		return
@@ -369,12 +369,12 @@ func TestMintedTokens(t *testing.T) {
 		if !strings.HasPrefix(token, usualHeader+".") {
 			t.Fatalf("unusual header in %s", token)
 		}
-		ours := verify(token, []*signer{newSigner(key)}, expires.Add(after))
+		ours := verify(token, []*signer{newSigner(key, Caller{})}, expires.Add(after))
 		if got, want := ours.reason == "", after <= 0; got != want {
 			t.Fatalf("%v after its expiry, accepted: %v", after, got)
 		}
 		if key != other {
-			if v := verify(token, []*signer{newSigner(other)}, expires.Add(after)); v.reason != ReasonBadSignature {
+			if v := verify(token, []*signer{newSigner(other, Caller{})}, expires.Add(after)); v.reason != ReasonBadSignature {
 				t.Fatalf("other key: %q", v.reason)
 			}
 		}
@@ -383,7 +383,7 @@ func TestMintedTokens(t *testing.T) {
 		c := rapid.SampledFrom([]byte("ABab01-_.")).Draw(t, "character")
 		if token[i] != c {
 			changed := token[:i] + string(c) + token[i+1:]
-			if v := verify(changed, []*signer{newSigner(key)}, expires); v.reason == "" {
+			if v := verify(changed, []*signer{newSigner(key, Caller{})}, expires); v.reason == "" {
 				t.Fatalf("changed token accepted: %s", changed)
 			}
 		}
@@ -395,7 +395,7 @@ func drawKey(t *rapid.T, label string) Key {
 }
 
 func TestVerifyConcurrently(t *testing.T) {
-	keys := []*signer{newSigner(NewKey()), newSigner(parsed(t, fixedSecret))}
+	keys := []*signer{newSigner(NewKey(), Caller{}), newSigner(parsed(t, fixedSecret), Caller{})}
 	done := make(chan error)
 	for range 4 {
 		go func() {
@@ -425,8 +425,8 @@ func BenchmarkVerify(b *testing.B) {
 		b.Fatal(err)
 	}
 	unusual := sign(key, crypto.SHA256, `{"typ":"JWT","alg":"HS256"}`, claims(present.Unix()+3600)+" ")
-	one := []*signer{newSigner(key)}
-	two := []*signer{newSigner(NewKey()), newSigner(key)}
+	one := []*signer{newSigner(key, Caller{})}
+	two := []*signer{newSigner(NewKey(), Caller{}), newSigner(key, Caller{})}
 	for _, bench := range []struct {
 		name, token string
 		keys        []*signer

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -27,6 +28,8 @@ import (
 
 	"pgbroker/proto/databroker"
 	"pgbroker/proto/registry"
+	"pgbroker/server"
+	"pgbroker/server/auth"
 	"pgbroker/server/servertest"
 )
 
@@ -317,5 +320,41 @@ func TestUnknownMethods(t *testing.T) {
 	for _, method := range []string{"/databroker.DataBrokerService/NoSuchMethod", "/no.such.Service/Method", "/x"} {
 		err := conn.Invoke(testContext(t), method, new(emptypb.Empty), new(emptypb.Empty))
 		wantStatus(t, err, codes.Unimplemented, "")
+	}
+}
+
+// TestEveryMethodHasItsAccess: somebody has decided on every method which access it needs, and the server goes by that.
+func TestEveryMethodHasItsAccess(t *testing.T) {
+	t.Parallel()
+	secrets := map[auth.Access]string{
+		auth.AccessRead:  "cmVhZCBzaGFyZWQgc2VjcmV0IG9mIDMyIGJ5dGVzISE=",
+		auth.AccessWrite: "d3JpdGUgc2hhcmVkIHNlY3JldCBvZiAzMiBieXRlcyE=",
+		auth.AccessAdmin: "YWRtaW4gc2hhcmVkIHNlY3JldCBvZiAzMiBieXRlcyE=",
+	}
+	b := servertest.New(t, servertest.Options{Configure: func(c *server.Config) {
+		for access, secret := range secrets {
+			c.Auth.Keys = append(c.Auth.Keys, auth.NamedKey{Name: "key-" + access.String(), Secret: secret, Access: access})
+		}
+	}})
+	var offered []string
+	for service, info := range b.Server.Services() {
+		for _, method := range info.Methods {
+			if name := "/" + service + "/" + method.Name; !auth.Public(name) {
+				offered = append(offered, name)
+			}
+		}
+	}
+	slices.Sort(offered)
+	if decided := auth.Methods(); !slices.Equal(offered, decided) {
+		t.Errorf("the server offers\n%v, access is decided on for\n%v", offered, decided)
+	}
+	for access, secret := range secrets {
+		ctx, cancel := context.WithTimeout(testContext(t), 20*time.Second)
+		callEverything(ctx, servertest.Dial(t, b.Address, secret), func(method string, err error) {
+			if denied := auth.Needed(method) > access; denied != isCode(err, codes.PermissionDenied) {
+				t.Errorf("%s with access %v: %v", method, access, err)
+			}
+		})
+		cancel()
 	}
 }

@@ -7,14 +7,18 @@
 package reload
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -33,6 +37,7 @@ type Value[T slog.LogValuer] struct {
 	parse func(contents [][]byte) (T, error)
 	log   *slog.Logger
 	start time.Time
+	gone  *T // takes the place of the value when the files have gone; nil if the last value is to stay
 
 	current atomic.Pointer[T]
 	checked atomic.Int64 // when the files were last read, as the time since start
@@ -70,6 +75,23 @@ func New[T slog.LogValuer](name string, paths []string, parse func(contents [][]
 	return v, nil
 }
 
+// replacing is how long a file may be missing or empty while it is being replaced, by those who do not rename.
+const replacing = 20 * time.Millisecond
+
+// WithdrawWhenGone makes gone the value from the moment at which one of the files is found to be deleted, or to have nothing
+// but white space in it, to that at which all are good again. Without it the last good value stays in force. It is for values
+// that allow something. It is called once, before any other method.
+func (v *Value[T]) WithdrawWhenGone(gone T) { v.gone = &gone }
+
+// Check reads the files now, whenever the last check was.
+func (v *Value[T]) Check() {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if len(v.paths) > 0 {
+		v.read()
+	}
+}
+
 // Get returns the value. If the last check is [Interval] ago, it reads the files first; calls made in the meantime get the
 // value as it was instead of waiting, so that a file system that hangs holds up one caller and not all.
 func (v *Value[T]) Get() T {
@@ -86,22 +108,35 @@ func (v *Value[T]) due() bool {
 
 // check reads the files and replaces the value if they have changed. The caller holds mu.
 func (v *Value[T]) check() {
-	if !v.due() { // another caller was faster
-		return
+	if v.due() { // otherwise another caller was faster
+		v.read()
 	}
+}
+
+// read is check without asking whether it is time. The caller holds mu.
+func (v *Value[T]) read() {
 	// The time is taken after reading, so that reads which take long do not follow each other without a pause.
 	defer func() { v.checked.Store(int64(time.Since(v.start))) }()
 
 	contents, _, err := readAll(v.paths)
-	now := digest(contents)
-	if err != nil {
-		now = err.Error()
+	if stateOf(contents, err) == v.digest {
+		return
 	}
+	if v.gone != nil && absent(contents, err) {
+		time.Sleep(replacing)
+		contents, _, err = readAll(v.paths)
+	}
+	now := stateOf(contents, err)
 	if now == v.digest {
 		return
 	}
 	v.digest = now
 
+	if v.gone != nil && absent(contents, err) {
+		v.current.Store(v.gone)
+		v.log.Error("file is gone or empty: what it held is no longer in force", "what", v.name, "files", v.paths)
+		return
+	}
 	var value T
 	if err == nil {
 		value, err = v.parse(contents)
@@ -113,6 +148,23 @@ func (v *Value[T]) check() {
 	}
 	v.current.Store(&value)
 	v.log.Info("file reloaded", "what", v.name, "files", v.paths, "in_force", value)
+}
+
+// absent reports whether one of the files is not there or has nothing in it.
+func absent(contents [][]byte, err error) bool {
+	if err != nil {
+		// ENOTDIR: a directory on the way is a file now.
+		return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR)
+	}
+	return slices.ContainsFunc(contents, func(c []byte) bool { return len(bytes.TrimSpace(c)) == 0 })
+}
+
+// stateOf identifies what files were found to be.
+func stateOf(contents [][]byte, err error) string {
+	if err != nil {
+		return err.Error()
+	}
+	return digest(contents)
 }
 
 // digest identifies contents without keeping a second copy of a secret in memory.
