@@ -1,4 +1,3 @@
-DROP VIEW pgbroker.versions;
-DROP TABLE pgbroker.changes;
+DROP TABLE pgbroker.search_texts;
 DROP TABLE pgbroker.records;
 DROP TABLE pgbroker.record_types;

@@ -240,39 +240,8 @@ func TestUpWithData(t *testing.T) {
 	}
 }
 
-// TestSearchTextsMove: what text queries search moves to a table of its own, and back, and no record has changed by that.
-func TestSearchTextsMove(t *testing.T) {
-	t.Parallel()
-	d := dbtest.NewEmpty(t)
-	old := migrations.Of{FS: upTo(t, 6)}
-	if err := old.Up(t.Context(), d.Config(t)); err != nil {
-		t.Fatal(err)
-	}
-	d.Exec(t, `INSERT INTO pgbroker.records (type, id, search_text) VALUES ('t', 'a', 'some text'), ('t', 'b', NULL)`)
-	const version = `SELECT max(version) FROM pgbroker.records`
-	before := get[int64](t, d, version)
-	if err := migrations.Up(t.Context(), d.Config(t)); err != nil {
-		t.Fatal(err)
-	}
-	if !get[bool](t, d, `SELECT array_agg((id, search_text)::text) = '{"(a,\"some text\")"}' FROM pgbroker.search_texts`) {
-		t.Error("the text is not in its table")
-	}
-	d.Exec(t, `UPDATE pgbroker.records SET search_text = NULL`)
-	d.Exec(t, `UPDATE pgbroker.search_texts SET search_text = 'another'`)
-	after := get[int64](t, d, version)
-	if err := migrations.Down(t.Context(), d.Config(t), int(migrations.Latest())-6); err != nil {
-		t.Fatal(err)
-	}
-	if got := get[string](t, d, `SELECT search_text FROM pgbroker.records WHERE id = 'a'`); got != "another" {
-		t.Errorf("back in the row: %q", got)
-	}
-	if got := get[int64](t, d, version); before == after || got != after {
-		t.Errorf("versions %d, %d after an update, %d after the way back", before, after, got)
-	}
-}
-
 // upTo returns the real files up to a version.
-func upTo(t *testing.T, version uint) fs.FS {
+func upTo(t *testing.T, version uint) fstest.MapFS {
 	t.Helper()
 	part := fstest.MapFS{}
 	names, err := fs.Glob(migrations.Embedded, "*.sql")

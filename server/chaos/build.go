@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -56,7 +57,36 @@ func buildRevision(ctx context.Context, root, revision, dir, program string) err
 	if err := errors.Join(archiveErr, unpackErr); err != nil {
 		return fmt.Errorf("get revision %s: %w: %s", revision, err, &sorry)
 	}
+	if err := sameMigrations(filepath.Join(root, "migrations"), filepath.Join(sources, "migrations")); err != nil {
+		return fmt.Errorf("revision %s: %w", revision, err)
+	}
 	return build(ctx, sources, program)
+}
+
+// sameMigrations returns an error unless today's migrations begin with those of an earlier revision. Before the first
+// release they are changed in place: programs from before then need another schema, whatever its number is.
+func sameMigrations(today, earlier string) error {
+	names, err := filepath.Glob(filepath.Join(earlier, "*.up.sql"))
+	if err != nil {
+		return err
+	}
+	if len(names) == 0 {
+		return errors.New("it has no migrations")
+	}
+	for _, name := range names {
+		was, err := os.ReadFile(name)
+		if err != nil {
+			return err
+		}
+		is, err := os.ReadFile(filepath.Join(today, filepath.Base(name)))
+		if errors.Is(err, fs.ErrNotExist) || err == nil && !bytes.Equal(was, is) {
+			return fmt.Errorf("its migration %s is not one of today's, so it needs another schema", filepath.Base(name))
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // skewEnv tells a program that buildSkewed has built by how many seconds its clock is wrong.

@@ -201,7 +201,7 @@ func TestWriterReadsNoPayload(t *testing.T) {
 	v.expect(t, denied,
 		`SELECT payload FROM pgbroker.records`, `SELECT * FROM pgbroker.records`, `SELECT r FROM pgbroker.records r`,
 		`COPY pgbroker.records TO STDOUT`, `DELETE FROM pgbroker.records RETURNING payload`, `DELETE FROM pgbroker.records WHERE payload IS NOT NULL`,
-		`UPDATE pgbroker.records SET search_text = 'x'`, `SELECT search_text FROM pgbroker.search_texts`, `UPDATE pgbroker.records SET data = data RETURNING *`,
+		`UPDATE pgbroker.search_texts SET search_text = 'x'`, `SELECT search_text FROM pgbroker.search_texts`, `UPDATE pgbroker.records SET data = data RETURNING *`,
 		`INSERT INTO pgbroker.records (type, id) VALUES ('t', 'i') ON CONFLICT (type, id) DO UPDATE SET data = to_jsonb(records.payload)`,
 		`UPDATE pgbroker.records SET version = 7`, `UPDATE pgbroker.records SET id = NULL`, `UPDATE pgbroker.records SET type = 'x'`,
 		`TRUNCATE pgbroker.records`, `LOCK TABLE pgbroker.records IN ACCESS EXCLUSIVE MODE; `+`TRUNCATE pgbroker.records`,

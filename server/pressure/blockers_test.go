@@ -92,7 +92,7 @@ func TestAForgottenTransactionIsReported(t *testing.T) {
 	put(t, b, thing("a", 10))
 	stream := follow(testContext(t), t, b.Conn, present(t, b))
 	o := newOperator(t, b, "DELETE FROM pgbroker.records WHERE id = 'none'",
-		"UPDATE pgbroker.records SET search_text = 'hunter2' /* the secret is hunter2 */ WHERE id = $$hunter2$$")
+		`UPDATE pgbroker.records SET data = '"hunter2"' /* the secret is hunter2 */ WHERE id = $$hunter2$$`)
 	pid := fmt.Sprint("pid=", o.pid)
 
 	wantStatus(t, tryPut(t, b, "b"), codes.Unavailable, blocked)
@@ -103,7 +103,7 @@ func TestAForgottenTransactionIsReported(t *testing.T) {
 	line := log.lines(reported, pid)[0]
 	for _, want := range []string{
 		"level=WARN", "application_name=psql", `state="idle in transaction"`, "user=", "blocks_for=", "waiting_sessions=",
-		`query="UPDATE pgbroker.records SET search_text = ? WHERE id = ?"`, fmt.Sprintf("pg_terminate_backend(%d)", o.pid),
+		`query="UPDATE pgbroker.records SET data = ? WHERE id = ?"`, fmt.Sprintf("pg_terminate_backend(%d)", o.pid),
 	} {
 		if !strings.Contains(line, want) {
 			t.Errorf("%q is not in the log line: %s", want, line)
@@ -113,7 +113,7 @@ func TestAForgottenTransactionIsReported(t *testing.T) {
 	await(t, "a metric that says for how long", func() bool {
 		_ = tryPut(t, b, "b")
 		seconds, ok := metric(t, registry, "pgbroker_blocking_session_seconds", pid, "application_name=psql", "state=idle in transaction",
-			"query=UPDATE pgbroker.records SET search_text = ? WHERE id = ?")
+			"query=UPDATE pgbroker.records SET data = ? WHERE id = ?")
 		return ok && seconds > 1
 	})
 	if lines := log.lines(reported); len(lines) != 1 {
@@ -166,7 +166,7 @@ func TestEveryKindOfBlocker(t *testing.T) {
 					waited <- nil
 					return
 				}
-				_, err := waiting.Exec(testContext(t), "UPDATE pgbroker.records SET search_text = 'x' WHERE id = 'a'")
+				_, err := waiting.Exec(testContext(t), "UPDATE pgbroker.records SET index_cidr = NULL WHERE id = 'a'")
 				waited <- err
 			}()
 			n := 0

@@ -27,7 +27,7 @@ const (
 	// sqlSettle does at once what autovacuum would do within minutes, so that no measurement has it by chance.
 	sqlSettle = `VACUUM (ANALYZE) pgbroker.records, pgbroker.search_texts, pgbroker.changes`
 
-	// sqlLimitTable makes a plain table with the columns of the server's records, without triggers and with the primary key
+	// sqlLimitTable makes a plain table with what the server stores of a record, without triggers and with the primary key
 	// as the only index. %[1]s is a schema.
 	sqlLimitTable = `
 		CREATE SCHEMA %[1]s;

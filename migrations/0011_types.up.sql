@@ -53,6 +53,7 @@ COMMENT ON COLUMN pgbroker.message_fields.type_name IS 'Full name of the message
 COMMENT ON COLUMN pgbroker.message_fields.map_key IS 'Kind of a map''s keys; NULL if it is none.';
 COMMENT ON COLUMN pgbroker.message_fields.oneof IS 'Name of the oneof that the field is a member of; NULL if of none.';
 COMMENT ON COLUMN pgbroker.message_fields.secret IS 'Whether the descriptor marks it with debug_redact: projections never show it.';
+
 COMMENT ON INDEX pgbroker.message_fields_message_name_key IS 'A field by its name: rules and errors name fields so.';
 
 CREATE TABLE pgbroker.enum_values (
@@ -110,6 +111,7 @@ COMMENT ON COLUMN pgbroker.schema_state.version IS 'Raised by every change of sc
 COMMENT ON COLUMN pgbroker.schema_state.changed_at IS 'When it was last raised.';
 COMMENT ON COLUMN pgbroker.schema_state.record_version IS 'Record version at that time: a replica may have projected later ones by the rules before.';
 COMMENT ON COLUMN pgbroker.schema_state.swept IS 'Whether those later ones have been projected again.';
+
 INSERT INTO pgbroker.schema_state DEFAULT VALUES;
 
 CREATE TABLE pgbroker.reprojections (
@@ -181,3 +183,88 @@ CREATE TRIGGER redacted_fields_announce AFTER INSERT OR UPDATE OR DELETE OR TRUN
 CREATE TRIGGER schemas_announce AFTER INSERT OR UPDATE OR DELETE OR TRUNCATE ON pgbroker.schemas
   FOR EACH STATEMENT EXECUTE FUNCTION pgbroker.announce_schema();
 
+-- ---------------------------------------------------------------------------------------------
+-- Views of users' own types
+-- ---------------------------------------------------------------------------------------------
+
+CREATE FUNCTION pgbroker.view_column(expression text, kind text, form text, filled boolean) RETURNS text
+  LANGUAGE sql IMMUTABLE
+  RETURN CASE
+    WHEN form = 'timestamp' THEN format('(%s)::timestamptz', replace(expression, '->', '->>'))
+    WHEN form = 'duration' THEN format('(%s)::interval', replace(expression, '->', '->>'))
+    WHEN form = 'field_mask' OR kind IN ('string', 'enum') THEN replace(expression, '->', '->>')
+    WHEN kind = 'bytes' THEN format('decode(%s, ''base64'')', replace(expression, '->', '->>'))
+    WHEN kind IN ('message', 'group') THEN expression
+    ELSE format(CASE WHEN filled THEN 'coalesce((%s)::%s, %s)' ELSE '(%s)::%s' END, replace(expression, '->', '->>'),
+      CASE
+        WHEN kind = 'bool' THEN 'boolean'
+        WHEN kind IN ('int32', 'sint32', 'sfixed32') THEN 'integer'
+        WHEN kind IN ('int64', 'sint64', 'sfixed64', 'uint32', 'fixed32') THEN 'bigint'
+        WHEN kind = 'float' THEN 'real'
+        WHEN kind = 'double' THEN 'double precision'
+        ELSE 'numeric' END,
+      CASE kind WHEN 'bool' THEN 'false' ELSE '0' END) END;
+COMMENT ON FUNCTION pgbroker.view_column(text, text, text, boolean) IS 'A field of a projection as a column with a type.';
+
+CREATE FUNCTION pgbroker.view_definition(record_type text, message text DEFAULT NULL, view_name text DEFAULT NULL) RETURNS text
+  LANGUAGE plpgsql STABLE AS $$
+DECLARE
+  of_type text := message;
+  columns text;
+BEGIN
+  IF of_type IS NULL AND record_type NOT LIKE '%/%' AND EXISTS (SELECT FROM pgbroker.messages m WHERE m.message = record_type) THEN
+    of_type := record_type;
+    record_type := 'type.googleapis.com/' || record_type;
+  END IF;
+  of_type := coalesce(of_type, substring(record_type FROM '^type\.googleapis\.com/(.*)$'), 'google.protobuf.Struct');
+  -- A name is given as in SQL, perhaps with a schema.
+  view_name := coalesce((SELECT string_agg(quote_ident(part), '.') FROM unnest(parse_ident(view_name)) AS part),
+    quote_ident(lower(regexp_replace(regexp_replace(record_type, '^.*[/.]', ''), '([a-z0-9])([A-Z])', '\1_\2', 'g'))));
+
+  IF of_type = 'google.protobuf.Struct' THEN
+    -- What some of the records have.
+    SELECT string_agg(format('    %s AS %I', CASE
+        WHEN k.kinds = '{string}' THEN format('r.data ->> %L', k.key)
+        WHEN k.kinds = '{number}' THEN format('(r.data ->> %L)::numeric', k.key)
+        WHEN k.kinds = '{boolean}' THEN format('(r.data ->> %L)::boolean', k.key)
+        ELSE format('r.data -> %L', k.key) END,
+      CASE WHEN k.key IN ('version', 'modified_at') THEN 'data_' || k.key ELSE k.key END) || E',\n', '' ORDER BY k.key)
+    INTO columns
+    FROM (
+      SELECT f.key, array_agg(DISTINCT jsonb_typeof(f.value)) FILTER (WHERE f.value <> 'null') AS kinds
+      FROM (SELECT r.data FROM pgbroker.records r WHERE r.type = record_type AND jsonb_typeof(r.data) = 'object' LIMIT 10000) AS sample,
+        jsonb_each(sample.data) AS f
+      WHERE f.key NOT IN ('', 'id')
+      GROUP BY f.key
+    ) AS k;
+    IF columns IS NULL THEN
+      RAISE EXCEPTION 'there is no record of type % to learn the fields from', quote_literal(record_type)
+        USING ERRCODE = 'no_data_found', HINT = 'Write one first, or name a message whose fields it has.';
+    END IF;
+  ELSE
+    IF NOT EXISTS (SELECT FROM pgbroker.messages m WHERE m.message = of_type AND m.form = 'object') THEN
+      RAISE EXCEPTION 'the message % is not known, or has no fields', quote_literal(of_type)
+        USING ERRCODE = 'undefined_object', HINT = 'Add it with `pgbroker schema add`.';
+    END IF;
+    SELECT coalesce(string_agg(format('    %s AS %I', CASE
+        WHEN f.label IN ('repeated', 'packed', 'map') THEN format('r.data -> %L', f.name)
+        WHEN m.form = 'wrapper' THEN pgbroker.view_column(format('r.data -> %L', f.name), w.kind, NULL, false)
+        ELSE pgbroker.view_column(format('r.data -> %L', f.name), f.kind, m.form, f.label = 'single') END,
+      CASE WHEN f.name IN ('version', 'modified_at') THEN 'data_' || f.name ELSE f.name END) || E',\n', '' ORDER BY f.number), '')
+    INTO columns
+    FROM pgbroker.message_fields f
+    LEFT JOIN pgbroker.messages m ON m.message = f.type_name
+    LEFT JOIN pgbroker.message_fields w ON w.message = f.type_name AND w.number = 1
+    WHERE f.message = of_type AND f.name <> 'id'
+      AND NOT EXISTS (SELECT FROM pgbroker.secret_fields s WHERE s.message = f.message AND s.field = f.name);
+  END IF;
+  -- A barrier, as most of the product's views: what others call with a column sees records of this type only.
+  RETURN format(E'CREATE VIEW %s WITH (security_barrier) AS\n  SELECT\n    r.id,\n%s    r.version,\n    r.modified_at\n'
+      '  FROM pgbroker.records r\n  WHERE r.type = %L;\n'
+      'COMMENT ON VIEW %s IS %L;',
+    view_name, columns, record_type, view_name, 'Records of type ' || record_type || '. A DELETE is a revocation.');
+END
+$$;
+COMMENT ON FUNCTION pgbroker.view_definition(text, text, text) IS
+  'The statements that make a view of the records of a type, with a typed column for each field. The fields are those of the '
+  'message, which is by default that of the record type; of records without a message type, those that are found in them.';

@@ -1,110 +1,27 @@
--- The same work with fewer statements, never compiled, and in narrower rows. A write of one record costs what its
--- statements cost to start, so each that is saved counts; a batch costs what a row costs.
+-- Versioning, the change log, counts, capacity and notification, for every writer: gRPC and SQL alike.
+--
+-- Whoever may write records need not be allowed to write the change log: what the triggers of a statement do, they do as
+-- the owner. Nobody else may use their functions, or he could hang them on a table of his own and forge changes. What runs
+-- for each row runs as the writer, for speed; it only reads options and takes a version.
 
 -- ---------------------------------------------------------------------------------------------
--- What a text query searches
+-- Each row: before
 -- ---------------------------------------------------------------------------------------------
 
--- In a table of its own: a query reads nothing else then, and a write of a record leaves it alone unless its
--- texts change, which times, the most frequent change by far, are not.
-CREATE TABLE pgbroker.search_texts (
-  type        text COLLATE "C" NOT NULL,
-  id          text COLLATE "C" NOT NULL,
-  search_text text NOT NULL,
-  PRIMARY KEY (type, id)
-) WITH (autovacuum_vacuum_scale_factor = 0.02, autovacuum_analyze_scale_factor = 0.02);
-COMMENT ON TABLE  pgbroker.search_texts IS 'What a text query searches of each live record that has texts; kept by the writers of records, and by triggers.';
-COMMENT ON COLUMN pgbroker.search_texts.type IS 'records.type.';
-COMMENT ON COLUMN pgbroker.search_texts.id IS 'records.id.';
-COMMENT ON COLUMN pgbroker.search_texts.search_text IS
-  'Lower-case text of the payload''s string fields without secrets, with U+001F between any two.';
-
-INSERT INTO pgbroker.search_texts (type, id, search_text)
-  SELECT type, id, search_text FROM pgbroker.records WHERE search_text <> '';
-COMMENT ON COLUMN pgbroker.records.search_text IS
-  'Unused: pgbroker.search_texts has the text. It is still here for replicas of the release before, which name it in their queries.';
-
-CREATE FUNCTION pgbroker.put_search_texts(types text[], ids text[], texts text[]) RETURNS void
-  -- Whoever may write records need not be allowed to read these. By key, as the callers have it planned.
-  LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+CREATE FUNCTION pgbroker.parse_time(value text) RETURNS timestamptz
+  -- Catching the error is four times as fast as a pattern that lets only valid times through. It is also why
+  -- this cannot run in a parallel worker.
+  LANGUAGE plpgsql STABLE STRICT PARALLEL UNSAFE AS $$
 BEGIN
-  INSERT INTO pgbroker.search_texts AS t (type, id, search_text)
-    SELECT i.type, i.id, i.search_text
-    FROM unnest(types, ids, texts) AS i (type, id, search_text)
-    WHERE i.search_text <> coalesce(
-      (SELECT s.search_text FROM pgbroker.search_texts s WHERE s.type = i.type AND s.id = i.id), '')
-    ON CONFLICT (type, id) DO UPDATE SET search_text = excluded.search_text;
+  -- One cannot compute with infinity.
+  RETURN CASE WHEN isfinite(value::timestamptz) THEN value::timestamptz END;
+EXCEPTION WHEN data_exception THEN
+  RETURN NULL;
 END
 $$;
-COMMENT ON FUNCTION pgbroker.put_search_texts(text[], text[], text[]) IS
-  'Sets the texts of records, given as parallel arrays, that differ. Empty text stands for none. Call under the order lock.';
-REVOKE EXECUTE ON FUNCTION pgbroker.put_search_texts(text[], text[], text[]) FROM PUBLIC;
--- Replicas that run write on, until they are given the rights that a newer one needs.
-DO $$
-DECLARE
-  writer text;
-BEGIN
-  FOR writer IN
-    SELECT DISTINCT CASE p.grantee WHEN 0 THEN 'PUBLIC' ELSE p.grantee::regrole::text END
-    FROM pg_class c CROSS JOIN aclexplode(c.relacl) p
-    WHERE c.oid = 'pgbroker.records'::regclass AND p.privilege_type = 'UPDATE'
-  LOOP
-    EXECUTE format('GRANT EXECUTE ON FUNCTION pgbroker.put_search_texts(text[], text[], text[]) TO %s', writer);
-  END LOOP;
-END
-$$;
+COMMENT ON FUNCTION pgbroker.parse_time(text) IS 'A time in a payload; NULL for what is none.';
 
--- ---------------------------------------------------------------------------------------------
--- The order lock
--- ---------------------------------------------------------------------------------------------
-
-ALTER TABLE pgbroker.state ADD COLUMN server_started timestamptz NOT NULL DEFAULT '-infinity';
-COMMENT ON COLUMN pgbroker.state.server_started IS
-  'Start time of the server process that system_identifier was last compared with: reading that takes a file.';
-
-CREATE FUNCTION pgbroker.check_epoch() RETURNS void
-  LANGUAGE plpgsql AS $$
-BEGIN
-  IF NOT EXISTS (
-    SELECT FROM pgbroker.state s
-    WHERE s.singleton
-      AND s.timeline = pgbroker.current_timeline()
-      AND s.system_identifier = pgbroker.current_system_identifier()
-  ) THEN
-    PERFORM pgbroker.begin_epoch();
-  END IF;
-  UPDATE pgbroker.state SET server_started = pg_postmaster_start_time();
-END
-$$;
-COMMENT ON FUNCTION pgbroker.check_epoch() IS
-  'Begins an epoch if the server or its timeline is not the one that issued the latest versions. Call under the order lock.';
-
-CREATE OR REPLACE FUNCTION pgbroker.lock_order() RETURNS void
-  LANGUAGE plpgsql AS $$
-DECLARE
-  present_timeline bigint      := pgbroker.current_timeline();
-  present_server   timestamptz := pg_postmaster_start_time();
-BEGIN
-  -- Versions are assigned under this lock and it is held to the end of the transaction, so they become
-  -- visible in the order in which they are assigned. A transaction that notifies serialises its commit
-  -- on a lock of Postgres's own anyway.
-  PERFORM pg_advisory_xact_lock(7236837420591218);
-  -- Found by its key even where a caller has turned sequential scans off: one would look so expensive then
-  -- that the statement is compiled (JIT) each time.
-  IF NOT EXISTS (
-    SELECT FROM pgbroker.state s
-    WHERE s.singleton AND s.timeline = present_timeline AND s.server_started = present_server
-  ) THEN
-    PERFORM pgbroker.check_epoch();
-  END IF;
-END
-$$;
-
--- ---------------------------------------------------------------------------------------------
--- Each row
--- ---------------------------------------------------------------------------------------------
-
-CREATE OR REPLACE FUNCTION pgbroker.index_terms(data jsonb, fields text[]) RETURNS jsonb
+CREATE FUNCTION pgbroker.index_terms(data jsonb, fields text[]) RETURNS jsonb
   LANGUAGE plpgsql IMMUTABLE AS $$
 DECLARE
   terms jsonb := '{}';
@@ -126,13 +43,94 @@ BEGIN
   RETURN nullif(terms, '{}');
 END
 $$;
+COMMENT ON FUNCTION pgbroker.index_terms(jsonb, text[]) IS
+  'The text of the given payload fields (paths joined by dots), as filters compare it.';
 
--- ---------------------------------------------------------------------------------------------
--- Each statement
--- ---------------------------------------------------------------------------------------------
-
-CREATE OR REPLACE FUNCTION pgbroker.log_inserts() RETURNS trigger
+-- What gives versions is named in full, because no writer's search_path may choose it.
+CREATE FUNCTION pgbroker.stamp_record() RETURNS trigger
   LANGUAGE plpgsql AS $$
+DECLARE
+  fields text[];
+  expiry text;
+BEGIN
+  -- Nothing is logged here: this also fires for the insert half of an upsert that then updates, and a
+  -- skipped version is harmless where a phantom change is not.
+  NEW.version := pg_catalog.nextval('pgbroker.record_version');
+  NEW.modified_at := clock_timestamp();
+  SELECT t.projected_fields, t.expiry_field INTO fields, expiry
+    FROM pgbroker.record_types t WHERE t.type = NEW.type;
+  NEW.index_fields := CASE WHEN fields <> '{}' THEN pgbroker.index_terms(NEW.data, fields) END;
+  NEW.expires_at := CASE WHEN expiry IS NOT NULL THEN pgbroker.parse_time(NEW.data #>> string_to_array(expiry, '.')) END;
+  RETURN NEW;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.stamp_record() IS
+  'Trigger: the version and time of a write, and what is indexed of its payload.';
+
+CREATE FUNCTION pgbroker.refuse_key_change() RETURNS trigger
+  LANGUAGE plpgsql AS $$
+BEGIN
+  RAISE EXCEPTION 'the type and id of a record cannot be changed'
+    USING ERRCODE = 'integrity_constraint_violation', HINT = 'Delete the record and insert a new one.';
+END
+$$;
+COMMENT ON FUNCTION pgbroker.refuse_key_change() IS 'Trigger: a record that moved would leave its old key without a tombstone.';
+
+CREATE TRIGGER records_order BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON pgbroker.records
+  FOR EACH STATEMENT EXECUTE FUNCTION pgbroker.take_order_lock();
+CREATE TRIGGER records_key BEFORE UPDATE OF type, id ON pgbroker.records
+  FOR EACH ROW WHEN ((OLD.type, OLD.id) IS DISTINCT FROM (NEW.type, NEW.id))
+  EXECUTE FUNCTION pgbroker.refuse_key_change();
+CREATE TRIGGER records_stamp_insert BEFORE INSERT ON pgbroker.records
+  FOR EACH ROW EXECUTE FUNCTION pgbroker.stamp_record();
+
+-- Not for updates of the index columns alone: indexing a record again is not a write.
+CREATE TRIGGER records_stamp_update BEFORE UPDATE OF payload, data, index_cidr, version, modified_at ON pgbroker.records
+  FOR EACH ROW EXECUTE FUNCTION pgbroker.stamp_record();
+
+-- ---------------------------------------------------------------------------------------------
+-- Each statement: after
+-- ---------------------------------------------------------------------------------------------
+
+CREATE FUNCTION pgbroker.put_search_texts(types text[], ids text[], texts text[]) RETURNS void
+  -- Whoever may write records need not be allowed to read these. By key, as the callers have it planned.
+  LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+  INSERT INTO pgbroker.search_texts AS t (type, id, search_text)
+    SELECT i.type, i.id, i.search_text
+    FROM unnest(types, ids, texts) AS i (type, id, search_text)
+    WHERE i.search_text <> coalesce(
+      (SELECT s.search_text FROM pgbroker.search_texts s WHERE s.type = i.type AND s.id = i.id), '')
+    ON CONFLICT (type, id) DO UPDATE SET search_text = excluded.search_text;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.put_search_texts(text[], text[], text[]) IS
+  'Sets the texts of records, given as parallel arrays, that differ. Empty text stands for none. Call under the order lock.';
+REVOKE EXECUTE ON FUNCTION pgbroker.put_search_texts(text[], text[], text[]) FROM PUBLIC;
+
+CREATE FUNCTION pgbroker.evict_records(written text[]) RETURNS void
+  LANGUAGE plpgsql AS $$
+DECLARE
+  full_type record;
+BEGIN
+  FOR full_type IN
+    SELECT t.type, t.record_count - t.capacity AS excess
+    FROM pgbroker.record_types t
+    WHERE t.type = ANY (written) AND t.record_count > t.capacity
+  LOOP
+    DELETE FROM pgbroker.records r
+      WHERE (r.type, r.id) IN (
+        SELECT c.type, c.id FROM pgbroker.changes c
+        WHERE c.type = full_type.type AND NOT c.deleted
+        ORDER BY c.version LIMIT full_type.excess);
+  END LOOP;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.evict_records(text[]) IS
+  'Deletes, of each of the given types, the least recently written records above its capacity.';
+
+CREATE FUNCTION pgbroker.log_inserts() RETURNS trigger
+  LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
   overfull text[];
 BEGIN
@@ -155,9 +153,11 @@ BEGIN
   RETURN NULL;
 END
 $$;
+COMMENT ON FUNCTION pgbroker.log_inserts() IS 'Trigger: logs, counts and announces new records, and enforces capacity.';
+REVOKE EXECUTE ON FUNCTION pgbroker.log_inserts() FROM PUBLIC;
 
-CREATE OR REPLACE FUNCTION pgbroker.log_updates() RETURNS trigger
-  LANGUAGE plpgsql AS $$
+CREATE FUNCTION pgbroker.log_updates() RETURNS trigger
+  LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
   -- Rows whose version stays were only indexed again: no change, and their row in the log must live.
   superseded bigint[] := ARRAY(SELECT version FROM old_rows EXCEPT SELECT version FROM new_rows);
@@ -180,9 +180,11 @@ BEGIN
   RETURN NULL;
 END
 $$;
+COMMENT ON FUNCTION pgbroker.log_updates() IS 'Trigger: logs and announces rewritten records, and enforces capacity.';
+REVOKE EXECUTE ON FUNCTION pgbroker.log_updates() FROM PUBLIC;
 
-CREATE OR REPLACE FUNCTION pgbroker.log_deletes() RETURNS trigger
-  LANGUAGE plpgsql AS $$
+CREATE FUNCTION pgbroker.log_deletes() RETURNS trigger
+  LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
   superseded bigint[] := ARRAY(SELECT version FROM old_rows);
 BEGIN
@@ -201,9 +203,22 @@ BEGIN
   RETURN NULL;
 END
 $$;
+COMMENT ON FUNCTION pgbroker.log_deletes() IS 'Trigger: a tombstone for every way out.';
+REVOKE EXECUTE ON FUNCTION pgbroker.log_deletes() FROM PUBLIC;
 
-CREATE OR REPLACE FUNCTION pgbroker.forget_everything() RETURNS trigger
-  LANGUAGE plpgsql AS $$
+CREATE TRIGGER records_log_insert AFTER INSERT ON pgbroker.records
+  REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION pgbroker.log_inserts();
+CREATE TRIGGER records_log_update AFTER UPDATE ON pgbroker.records
+  REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION pgbroker.log_updates();
+CREATE TRIGGER records_log_delete AFTER DELETE ON pgbroker.records
+  REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION pgbroker.log_deletes();
+
+-- ---------------------------------------------------------------------------------------------
+-- Clear
+-- ---------------------------------------------------------------------------------------------
+
+CREATE FUNCTION pgbroker.forget_everything() RETURNS trigger
+  LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
   UPDATE pgbroker.state
     SET server_version = pgbroker.random_server_version(),
@@ -220,12 +235,18 @@ BEGIN
   RETURN NULL;
 END
 $$;
+COMMENT ON FUNCTION pgbroker.forget_everything() IS
+  'Trigger: TRUNCATE pgbroker.records clears the broker. Clients start over under a new server version; leases and services stay.';
+REVOKE EXECUTE ON FUNCTION pgbroker.forget_everything() FROM PUBLIC;
+
+CREATE TRIGGER records_clear AFTER TRUNCATE ON pgbroker.records
+  FOR EACH STATEMENT EXECUTE FUNCTION pgbroker.forget_everything();
 
 -- ---------------------------------------------------------------------------------------------
--- The broker's writes
+-- How the broker writes: any number of records in one statement
 -- ---------------------------------------------------------------------------------------------
 
-CREATE OR REPLACE FUNCTION pgbroker.write_records(
+CREATE FUNCTION pgbroker.write_records(
   types        text[],
   ids          text[],
   deletes      boolean[],
@@ -257,6 +278,7 @@ BEGIN
   -- In the order of Clear, which holds the table when it asks for the order lock.
   LOCK TABLE pgbroker.records IN ROW EXCLUSIVE MODE;
   PERFORM pgbroker.lock_order();
+  PERFORM set_config('pgbroker.writer', 'replica', true);
   SELECT last_value INTO before FROM pgbroker.record_version;
 
   IF 0 < ANY (expected) THEN
@@ -321,35 +343,10 @@ BEGIN
       FROM unnest(types, ids, deletes, search_texts, requests) AS i (type, id, delete, search_text, request)
       WHERE NOT i.delete AND i.request <> ALL (conflicts);
   END IF;
+  PERFORM set_config('pgbroker.writer', '', true);
 END
 $$;
-
--- ---------------------------------------------------------------------------------------------
--- Storage
--- ---------------------------------------------------------------------------------------------
-
--- Three rows to a page: two, and room for the next version of one, so that updates stay HOT. Rows that are
--- larger than that are compressed, lz4 takes some microseconds for it, and as long as they fit a page they
--- are kept whole (MAIN): a payload elsewhere would have to be fetched by every read.
-ALTER TABLE pgbroker.records SET (fillfactor = 66, toast_tuple_target = 2600);
-ALTER TABLE pgbroker.records
-  ALTER COLUMN payload SET STORAGE MAIN,
-  ALTER COLUMN data SET STORAGE MAIN,
-  ALTER COLUMN type SET STORAGE MAIN,
-  ALTER COLUMN id SET STORAGE MAIN,
-  ALTER COLUMN index_fields SET STORAGE MAIN;
-DO $$
-BEGIN
-  ALTER TABLE pgbroker.records
-    ALTER COLUMN payload SET COMPRESSION lz4,
-    ALTER COLUMN data SET COMPRESSION lz4;
-EXCEPTION WHEN feature_not_supported THEN
-  RAISE NOTICE 'this PostgreSQL has no lz4: large records are written more slowly';
-END
-$$;
-
--- To give free space at the end of a table back to the file system, VACUUM locks everybody out, for up to a second: after
--- many records have gone, the next revocation would wait for that. What comes next needs the space anyway.
-ALTER TABLE pgbroker.records SET (vacuum_truncate = off, toast.vacuum_truncate = off);
-ALTER TABLE pgbroker.search_texts SET (vacuum_truncate = off, toast.vacuum_truncate = off);
-ALTER TABLE pgbroker.changes SET (vacuum_truncate = off);
+COMMENT ON FUNCTION pgbroker.write_records(text[], text[], boolean[], bytea[], text[], text[], text[], integer[], bigint[]) IS
+  'Writes or deletes records given as parallel arrays, all or nothing, and returns the changes made. Keys must be distinct. '
+  'Empty text stands for NULL. Records of one request belong together: where expected is above 0 and not the version of '
+  'the record, nothing of that request is written and none of its changes returned. Deleting an absent record is no change.';

@@ -1,4 +1,4 @@
--- What people see: one view per known type with typed columns, joined views, and the lifetime of records.
+-- What people see: one view per known type with typed columns, joined views, and revocation by function.
 --
 -- A view names no payload and nothing secret. Its columns come from the projection, and what is malformed
 -- there is NULL in its row and breaks nothing else. A function that a reader brings along gets to see no data of another
@@ -7,218 +7,8 @@
 -- that nobody asks for.
 
 -- ---------------------------------------------------------------------------------------------
--- Time in payloads
--- ---------------------------------------------------------------------------------------------
-
-CREATE FUNCTION pgbroker.parse_time(value text) RETURNS timestamptz
-  -- Catching the error is four times as fast as a pattern that lets only valid times through. It is also why
-  -- this cannot run in a parallel worker.
-  LANGUAGE plpgsql STABLE STRICT PARALLEL UNSAFE AS $$
-BEGIN
-  -- One cannot compute with infinity.
-  RETURN CASE WHEN isfinite(value::timestamptz) THEN value::timestamptz END;
-EXCEPTION WHEN data_exception THEN
-  RETURN NULL;
-END
-$$;
-COMMENT ON FUNCTION pgbroker.parse_time(text) IS 'A time in a payload; NULL for what is none.';
-
--- The same as before but for two things: a malformed expiry is none, and what gives versions is named in
--- full, because no writer's search_path may choose it.
-CREATE OR REPLACE FUNCTION pgbroker.stamp_record() RETURNS trigger
-  LANGUAGE plpgsql AS $$
-DECLARE
-  fields text[];
-  expiry text;
-BEGIN
-  -- Nothing is logged here: this also fires for the insert half of an upsert that then updates, and a
-  -- skipped version is harmless where a phantom change is not.
-  NEW.version := pg_catalog.nextval('pgbroker.record_version');
-  NEW.modified_at := clock_timestamp();
-  SELECT t.projected_fields, t.expiry_field INTO fields, expiry
-    FROM pgbroker.record_types t WHERE t.type = NEW.type;
-  NEW.index_fields := CASE WHEN fields <> '{}' THEN pgbroker.index_terms(NEW.data, fields) END;
-  NEW.expires_at := CASE WHEN expiry IS NOT NULL THEN pgbroker.parse_time(NEW.data #>> string_to_array(expiry, '.')) END;
-  RETURN NEW;
-END
-$$;
-
--- ---------------------------------------------------------------------------------------------
--- How long records live
--- ---------------------------------------------------------------------------------------------
-
-ALTER TABLE pgbroker.record_types
-  ADD COLUMN expiry_applied text,
-  ADD COLUMN idle_timeout   interval CHECK (idle_timeout > interval '0'),
-  ADD COLUMN user_limit     integer  CHECK (user_limit > 0);
-COMMENT ON COLUMN pgbroker.record_types.expiry_applied IS
-  'The expiry_field that expires_at of every record was computed from; where it differs, that is being done in the background.';
-COMMENT ON COLUMN pgbroker.record_types.idle_timeout IS
-  'Records whose accessed_at is longer ago are deleted; NULL never.';
-COMMENT ON COLUMN pgbroker.record_types.user_limit IS
-  'How many records one user may have, those issued last; NULL any number.';
-
-UPDATE pgbroker.record_types SET expiry_applied = expiry_field WHERE expiry_field IS NOT NULL;
-
-CREATE FUNCTION pgbroker.type_named(name text) RETURNS text
-  LANGUAGE sql STABLE
-  RETURN coalesce(
-    (SELECT t.type FROM pgbroker.record_types t WHERE t.type = name),
-    (SELECT t.type FROM pgbroker.record_types t WHERE t.type = 'type.googleapis.com/' || name),
-    name);
-COMMENT ON FUNCTION pgbroker.type_named(text) IS
-  'The record type that a person means: session.Session stands for type.googleapis.com/session.Session.';
-
-CREATE FUNCTION pgbroker.set_expiry(record_type text, field text) RETURNS void
-  LANGUAGE sql
-  BEGIN ATOMIC
-    INSERT INTO pgbroker.record_types AS t (type, expiry_field, expiry_applied)
-      VALUES (pgbroker.type_named(record_type), nullif(field, ''), nullif(field, ''))
-      ON CONFLICT (type) DO UPDATE
-        SET expiry_field = excluded.expiry_field,
-            expiry_applied = (CASE WHEN t.record_count = 0 THEN excluded.expiry_field ELSE t.expiry_applied END);
-  END;
-COMMENT ON FUNCTION pgbroker.set_expiry(text, text) IS
-  'Records of the type end at the time in this payload field (a path joined by dots); NULL takes that back. '
-  'It soon holds for the records that are there, too.';
-
-CREATE FUNCTION pgbroker.set_idle_timeout(record_type text, timeout interval) RETURNS void
-  LANGUAGE sql
-  BEGIN ATOMIC
-    -- In seconds: a month is 30 days here.
-    INSERT INTO pgbroker.record_types AS t (type, idle_timeout)
-      VALUES (pgbroker.type_named(record_type), make_interval(secs => extract(epoch FROM timeout)))
-      ON CONFLICT (type) DO UPDATE SET idle_timeout = excluded.idle_timeout;
-  END;
-COMMENT ON FUNCTION pgbroker.set_idle_timeout(text, interval) IS
-  'Records of the type end when their accessed_at is so long ago, give or take a twentieth; NULL takes that back.';
-
-CREATE FUNCTION pgbroker.set_user_limit(record_type text, records integer) RETURNS void
-  LANGUAGE sql
-  BEGIN ATOMIC
-    -- Looking for the records of a user needs the index.
-    INSERT INTO pgbroker.record_types AS t (type, user_limit, projected_fields, indexed_fields)
-      VALUES (pgbroker.type_named(record_type), records, '{user_id}', '{user_id}')
-      ON CONFLICT (type) DO UPDATE
-        SET user_limit = excluded.user_limit,
-            projected_fields = ARRAY(SELECT DISTINCT f FROM unnest(t.projected_fields || '{user_id}') AS f ORDER BY f),
-            indexed_fields = (CASE WHEN t.record_count = 0
-              THEN ARRAY(SELECT DISTINCT f FROM unnest(t.indexed_fields || '{user_id}') AS f ORDER BY f)
-              ELSE t.indexed_fields END);
-  END;
-COMMENT ON FUNCTION pgbroker.set_user_limit(text, integer) IS
-  'Each user keeps so many records of the type, those issued last, and older ones end; NULL takes that back.';
-
--- The functions below delete for the periodic work. Their names tell the audit why a record went. What is to go is found
--- before the order lock is taken, which most of the time is not needed at all, and looked at once more under it. As in
--- write_records only look-ups by key stay right when tables grow.
-
-CREATE FUNCTION pgbroker.expire_records(max_rows bigint) RETURNS bigint
-  LANGUAGE plpgsql
-  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
-  AS $$
-DECLARE
-  -- One time for all: for one that may change from row to row the index would be read to its end.
-  present timestamptz := clock_timestamp();
-  types   text[];
-  ids     text[];
-  ended   bigint;
-BEGIN
-  SELECT array_agg(e.type), array_agg(e.id) INTO types, ids
-    FROM (SELECT r.type, r.id FROM pgbroker.records r
-          WHERE r.expires_at <= present
-          ORDER BY r.expires_at LIMIT max_rows) AS e;
-  IF types IS NULL THEN
-    RETURN 0;
-  END IF;
-  DELETE FROM pgbroker.records r
-    USING unnest(types, ids) AS i (type, id)
-    WHERE r.type = ANY (ARRAY[i.type]) AND r.id = i.id AND r.expires_at <= present;
-  GET DIAGNOSTICS ended = ROW_COUNT;
-  RETURN ended;
-END
-$$;
-COMMENT ON FUNCTION pgbroker.expire_records(bigint) IS
-  'Deletes records whose own expiry time has passed, the longest expired first, and returns how many.';
-
-CREATE FUNCTION pgbroker.expire_by_ttl(record_type text, max_rows bigint) RETURNS bigint
-  LANGUAGE plpgsql
-  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
-  AS $$
-DECLARE
-  types    text[];
-  ids      text[];
-  versions bigint[];
-  ended    bigint;
-BEGIN
-  -- Versions ascend with time, so only the least recently written records are looked at.
-  SELECT array_agg(o.type), array_agg(o.id), array_agg(o.version) INTO types, ids, versions
-    FROM (
-      SELECT c.type, c.id, c.version, c.changed_at FROM pgbroker.changes c
-      WHERE c.type = record_type AND NOT c.deleted
-      ORDER BY c.version LIMIT max_rows
-    ) o
-    WHERE o.changed_at < clock_timestamp() - (SELECT t.ttl FROM pgbroker.record_types t WHERE t.type = record_type);
-  IF types IS NULL THEN
-    RETURN 0;
-  END IF;
-  DELETE FROM pgbroker.records r
-    USING unnest(types, ids, versions) AS i (type, id, version)
-    WHERE r.type = ANY (ARRAY[i.type]) AND r.id = i.id AND r.version = i.version;
-  GET DIAGNOSTICS ended = ROW_COUNT;
-  RETURN ended;
-END
-$$;
-COMMENT ON FUNCTION pgbroker.expire_by_ttl(text, bigint) IS
-  'Deletes records of a type that have not been written for longer than its TTL, and returns how many.';
-
-CREATE FUNCTION pgbroker.end_idle_records(record_type text, ids text[], versions bigint[]) RETURNS bigint
-  LANGUAGE plpgsql
-  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
-  AS $$
-DECLARE
-  ended bigint;
-BEGIN
-  DELETE FROM pgbroker.records r
-    USING unnest(array_fill(record_type, ARRAY[cardinality(ids)]), ids, versions) AS i (type, id, version)
-    WHERE r.type = ANY (ARRAY[i.type]) AND r.id = i.id AND r.version = i.version;
-  GET DIAGNOSTICS ended = ROW_COUNT;
-  RETURN ended;
-END
-$$;
-COMMENT ON FUNCTION pgbroker.end_idle_records(text, text[], bigint[]) IS
-  'Deletes records that were found idle, unless they were written since, and returns how many.';
-
-CREATE FUNCTION pgbroker.end_excess_records(record_type text, ids text[], versions bigint[]) RETURNS bigint
-  LANGUAGE plpgsql
-  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
-  AS $$
-DECLARE
-  ended bigint;
-BEGIN
-  DELETE FROM pgbroker.records r
-    USING unnest(array_fill(record_type, ARRAY[cardinality(ids)]), ids, versions) AS i (type, id, version)
-    WHERE r.type = ANY (ARRAY[i.type]) AND r.id = i.id AND r.version = i.version;
-  GET DIAGNOSTICS ended = ROW_COUNT;
-  RETURN ended;
-END
-$$;
-COMMENT ON FUNCTION pgbroker.end_excess_records(text, text[], bigint[]) IS
-  'Deletes records above the limit of their user, unless they were written since, and returns how many.';
-
--- ---------------------------------------------------------------------------------------------
 -- Sessions
 -- ---------------------------------------------------------------------------------------------
-
--- On index_fields, which a write changes only if a field in it changes: updates stay HOT. The collation is that of ids, or
--- the index could not be used to join users with their sessions.
-CREATE INDEX records_session_user ON pgbroker.records ((left(index_fields ->> 'user_id', 600) COLLATE "C"))
-  WHERE type = 'type.googleapis.com/session.Session';
-COMMENT ON INDEX pgbroker.records_session_user IS 'The view sessions by user_id: who is logged in, and revoking by hand.';
-
--- PostgreSQL does not ask partial indexes how many rows a value has.
-CREATE STATISTICS pgbroker.records_session_user ON (left(index_fields ->> 'user_id', 600) COLLATE "C") FROM pgbroker.records;
-COMMENT ON STATISTICS pgbroker.records_session_user IS 'Users have few sessions each: joins with sessions are planned by that.';
 
 CREATE VIEW pgbroker.session_data AS
   SELECT
@@ -240,8 +30,6 @@ COMMENT ON COLUMN pgbroker.session_data.data IS 'Projection: the payload as JSON
 COMMENT ON COLUMN pgbroker.session_data.version IS 'Record version of the latest write.';
 COMMENT ON COLUMN pgbroker.session_data.modified_at IS 'Time of the latest write.';
 
--- Made anew: the collation of a view's column cannot be changed.
-DROP VIEW pgbroker.sessions;
 CREATE VIEW pgbroker.sessions AS
   SELECT
     s.id,
@@ -287,7 +75,33 @@ COMMENT ON COLUMN pgbroker.sessions.version IS 'Record version of the latest wri
 COMMENT ON COLUMN pgbroker.sessions.modified_at IS 'Time of the latest write.';
 COMMENT ON COLUMN pgbroker.sessions.idle_for IS 'How long ago it was last used.';
 
-CREATE OR REPLACE VIEW pgbroker.service_accounts WITH (security_barrier) AS
+-- ---------------------------------------------------------------------------------------------
+-- The other known types
+-- ---------------------------------------------------------------------------------------------
+
+-- Users are joined to everything, by id. Of a security barrier PostgreSQL would read all of them to find one, so
+-- these guard their columns themselves, as session_data does.
+CREATE VIEW pgbroker.users AS
+  SELECT
+    r.id,
+    CASE WHEN r.type = 'type.googleapis.com/user.User' THEN r.data ->> 'name' END                 AS name,
+    CASE WHEN r.type = 'type.googleapis.com/user.User' THEN r.data ->> 'email' END                AS email,
+    CASE WHEN r.type = 'type.googleapis.com/user.User' THEN r.data -> 'device_credential_ids' END AS device_credential_ids,
+    CASE WHEN r.type = 'type.googleapis.com/user.User' THEN r.data -> 'claims' END                AS claims,
+    r.version,
+    r.modified_at
+  FROM pgbroker.records r
+  WHERE r.type = 'type.googleapis.com/user.User';
+COMMENT ON VIEW pgbroker.users IS 'Users who have signed in.';
+COMMENT ON COLUMN pgbroker.users.id IS 'User id, as the identity provider names the user.';
+COMMENT ON COLUMN pgbroker.users.name IS 'Display name.';
+COMMENT ON COLUMN pgbroker.users.email IS 'E-mail address.';
+COMMENT ON COLUMN pgbroker.users.device_credential_ids IS 'Registered device credentials, a JSON list of ids.';
+COMMENT ON COLUMN pgbroker.users.claims IS 'All claims, a JSON object of lists.';
+COMMENT ON COLUMN pgbroker.users.version IS 'Record version of the latest write.';
+COMMENT ON COLUMN pgbroker.users.modified_at IS 'Time of the latest write.';
+
+CREATE VIEW pgbroker.service_accounts WITH (security_barrier) AS
   SELECT
     r.id,
     r.data ->> 'user_id'                              AS user_id,
@@ -302,22 +116,20 @@ CREATE OR REPLACE VIEW pgbroker.service_accounts WITH (security_barrier) AS
     r.modified_at
   FROM pgbroker.records r
   WHERE r.type = 'type.googleapis.com/user.ServiceAccount';
+COMMENT ON VIEW pgbroker.service_accounts IS 'Service accounts. A DELETE revokes.';
+COMMENT ON COLUMN pgbroker.service_accounts.id IS 'Service account id.';
+COMMENT ON COLUMN pgbroker.service_accounts.user_id IS 'User that the account acts as.';
+COMMENT ON COLUMN pgbroker.service_accounts.description IS 'What it is for.';
+COMMENT ON COLUMN pgbroker.service_accounts.namespace_id IS 'Namespace that it belongs to.';
+COMMENT ON COLUMN pgbroker.service_accounts.originator_id IS 'System that created it.';
+COMMENT ON COLUMN pgbroker.service_accounts.issued_at IS 'When it was created.';
+COMMENT ON COLUMN pgbroker.service_accounts.accessed_at IS 'When it was last used.';
+COMMENT ON COLUMN pgbroker.service_accounts.expires_at IS 'When it stops being valid; NULL never.';
+COMMENT ON COLUMN pgbroker.service_accounts.expired IS 'Whether expires_at has passed.';
+COMMENT ON COLUMN pgbroker.service_accounts.version IS 'Record version of the latest write.';
+COMMENT ON COLUMN pgbroker.service_accounts.modified_at IS 'Time of the latest write.';
 
--- Users are joined to everything, by id. Of a security barrier PostgreSQL would read all of them to find one, so
--- these guard their columns themselves, as session_data does.
-CREATE OR REPLACE VIEW pgbroker.users AS
-  SELECT
-    r.id,
-    CASE WHEN r.type = 'type.googleapis.com/user.User' THEN r.data ->> 'name' END                 AS name,
-    CASE WHEN r.type = 'type.googleapis.com/user.User' THEN r.data ->> 'email' END                AS email,
-    CASE WHEN r.type = 'type.googleapis.com/user.User' THEN r.data -> 'device_credential_ids' END AS device_credential_ids,
-    CASE WHEN r.type = 'type.googleapis.com/user.User' THEN r.data -> 'claims' END                AS claims,
-    r.version,
-    r.modified_at
-  FROM pgbroker.records r
-  WHERE r.type = 'type.googleapis.com/user.User';
-
-CREATE OR REPLACE VIEW pgbroker.directory_users AS
+CREATE VIEW pgbroker.directory_users AS
   SELECT
     r.id,
     CASE WHEN r.type = 'pomerium.io/DirectoryUser' THEN r.data ->> 'display_name' END AS display_name,
@@ -327,12 +139,29 @@ CREATE OR REPLACE VIEW pgbroker.directory_users AS
     r.modified_at
   FROM pgbroker.records r
   WHERE r.type = 'pomerium.io/DirectoryUser';
+COMMENT ON VIEW pgbroker.directory_users IS 'Users of the company directory.';
+COMMENT ON COLUMN pgbroker.directory_users.id IS 'User id: users.id of one who has signed in.';
+COMMENT ON COLUMN pgbroker.directory_users.display_name IS 'Display name.';
+COMMENT ON COLUMN pgbroker.directory_users.email IS 'E-mail address.';
+COMMENT ON COLUMN pgbroker.directory_users.group_ids IS 'Groups of the user, a JSON list of directory_groups.id.';
+COMMENT ON COLUMN pgbroker.directory_users.version IS 'Record version of the latest write.';
+COMMENT ON COLUMN pgbroker.directory_users.modified_at IS 'Time of the latest write.';
 
-ALTER VIEW pgbroker.directory_groups SET (security_barrier);
-
--- ---------------------------------------------------------------------------------------------
--- The other known types
--- ---------------------------------------------------------------------------------------------
+CREATE VIEW pgbroker.directory_groups WITH (security_barrier) AS
+  SELECT
+    r.id,
+    r.data ->> 'name'  AS name,
+    r.data ->> 'email' AS email,
+    r.version,
+    r.modified_at
+  FROM pgbroker.records r
+  WHERE r.type = 'pomerium.io/DirectoryGroup';
+COMMENT ON VIEW pgbroker.directory_groups IS 'Groups of the company directory.';
+COMMENT ON COLUMN pgbroker.directory_groups.id IS 'Group id.';
+COMMENT ON COLUMN pgbroker.directory_groups.name IS 'Display name.';
+COMMENT ON COLUMN pgbroker.directory_groups.email IS 'E-mail address.';
+COMMENT ON COLUMN pgbroker.directory_groups.version IS 'Record version of the latest write.';
+COMMENT ON COLUMN pgbroker.directory_groups.modified_at IS 'Time of the latest write.';
 
 CREATE VIEW pgbroker.session_bindings WITH (security_barrier) AS
   SELECT
@@ -712,6 +541,82 @@ COMMENT ON COLUMN pgbroker.session_details.modified_at IS 'Time of the latest wr
 -- The broker itself
 -- ---------------------------------------------------------------------------------------------
 
+CREATE VIEW pgbroker.type_summary AS
+  SELECT
+    CASE WHEN starts_with(t.type, 'type.googleapis.com/') THEN substr(t.type, 21) ELSE t.type END AS name,
+    t.record_count AS records,
+    (SELECT c.changed_at FROM pgbroker.changes c
+     WHERE c.type = t.type AND NOT c.deleted ORDER BY c.version DESC LIMIT 1) AS written_at,
+    t.capacity,
+    t.ttl,
+    t.expiry_field,
+    t.idle_timeout,
+    t.user_limit,
+    t.audited,
+    t.projected_fields AS looked_up_by,
+    t.projected_fields <@ t.indexed_fields AND t.expiry_field IS NOT DISTINCT FROM t.expiry_applied AS up_to_date,
+    t.type
+  FROM pgbroker.record_types t;
+COMMENT ON VIEW pgbroker.type_summary IS 'The record types: how many records each has, and for how long they stay.';
+COMMENT ON COLUMN pgbroker.type_summary.name IS 'Record type, short.';
+COMMENT ON COLUMN pgbroker.type_summary.records IS 'Live records, counted exactly.';
+COMMENT ON COLUMN pgbroker.type_summary.written_at IS 'When a live record of the type was last written.';
+COMMENT ON COLUMN pgbroker.type_summary.capacity IS 'How many records are kept, those written last; NULL all.';
+COMMENT ON COLUMN pgbroker.type_summary.ttl IS 'Records not written for longer are deleted; NULL never.';
+COMMENT ON COLUMN pgbroker.type_summary.expiry_field IS 'Payload field whose time, once passed, deletes the record; NULL never.';
+COMMENT ON COLUMN pgbroker.type_summary.idle_timeout IS 'Records whose accessed_at is longer ago are deleted; NULL never.';
+COMMENT ON COLUMN pgbroker.type_summary.user_limit IS 'How many records one user may have; NULL any number.';
+COMMENT ON COLUMN pgbroker.type_summary.audited IS 'Whether deletions are audited.';
+COMMENT ON COLUMN pgbroker.type_summary.looked_up_by IS 'Payload fields that look-ups find by index.';
+COMMENT ON COLUMN pgbroker.type_summary.up_to_date IS 'Whether that and the expiry hold for every record already; if not, that is being done in the background.';
+COMMENT ON COLUMN pgbroker.type_summary.type IS 'Record type in full.';
+
+CREATE VIEW pgbroker.change_log AS
+  SELECT
+    c.version,
+    c.changed_at,
+    CASE WHEN c.deleted THEN 'delete' ELSE 'put' END         AS change,
+    CASE WHEN starts_with(c.type, 'type.googleapis.com/') THEN substr(c.type, 21) ELSE c.type END AS what,
+    c.id,
+    c.deleted,
+    c.type
+  FROM pgbroker.changes c;
+COMMENT ON VIEW pgbroker.change_log IS
+  'The latest change of each live record, and the deletions of the last days, in the order in which they became visible.';
+COMMENT ON COLUMN pgbroker.change_log.version IS 'Position in the one global order of changes.';
+COMMENT ON COLUMN pgbroker.change_log.changed_at IS 'When, by the database''s clock.';
+COMMENT ON COLUMN pgbroker.change_log.change IS 'put or delete.';
+COMMENT ON COLUMN pgbroker.change_log.what IS 'Type of the changed record, short.';
+COMMENT ON COLUMN pgbroker.change_log.id IS 'Id of the changed record.';
+COMMENT ON COLUMN pgbroker.change_log.deleted IS 'Whether this is a tombstone.';
+COMMENT ON COLUMN pgbroker.change_log.type IS 'Type of the changed record in full.';
+
+CREATE VIEW pgbroker.revocations AS
+  SELECT
+    a.at,
+    a.cause,
+    CASE WHEN starts_with(a.type, 'type.googleapis.com/') THEN substr(a.type, 21) ELSE a.type END AS what,
+    a.id,
+    a.user_id,
+    coalesce(a.acting_role, a.role) AS by_role,
+    a.application,
+    a.address,
+    a.records,
+    a.number
+  FROM pgbroker.audit a;
+COMMENT ON VIEW pgbroker.revocations IS 'Who revoked what, when, how and from where: the audit for people.';
+COMMENT ON COLUMN pgbroker.revocations.at IS 'When.';
+COMMENT ON COLUMN pgbroker.revocations.cause IS
+  'request: of a gRPC client; sql: a statement; expiry, idle, ttl, limit, capacity: an option of the type; clear: everything was deleted.';
+COMMENT ON COLUMN pgbroker.revocations.what IS 'Type of the record, short.';
+COMMENT ON COLUMN pgbroker.revocations.id IS 'Id of the record; NULL after clear.';
+COMMENT ON COLUMN pgbroker.revocations.user_id IS 'User whom it belonged to.';
+COMMENT ON COLUMN pgbroker.revocations.by_role IS 'Role that did it.';
+COMMENT ON COLUMN pgbroker.revocations.application IS 'Program that did it; for a request the replica.';
+COMMENT ON COLUMN pgbroker.revocations.address IS 'Where it was connected from; NULL for a local socket.';
+COMMENT ON COLUMN pgbroker.revocations.records IS 'How many records: 1, and after clear all of the type.';
+COMMENT ON COLUMN pgbroker.revocations.number IS 'Order of the entries.';
+
 CREATE VIEW pgbroker.live_leases WITH (security_barrier) AS
   -- Without the id: whoever knows that may release the lease.
   SELECT l.name, l.acquired_at, l.expires_at,
@@ -741,29 +646,32 @@ COMMENT ON COLUMN pgbroker.live_services.reported_at IS 'When it was last report
 COMMENT ON COLUMN pgbroker.live_services.expires_at IS 'When it leaves the list unless reported again.';
 COMMENT ON COLUMN pgbroker.live_services.remaining IS 'How long that is from now; NULL for ever.';
 
-CREATE VIEW pgbroker.change_log AS
-  SELECT
-    c.version,
-    c.changed_at,
-    CASE WHEN c.deleted THEN 'delete' ELSE 'put' END         AS change,
-    CASE WHEN starts_with(c.type, 'type.googleapis.com/') THEN substr(c.type, 21) ELSE c.type END AS what,
-    c.id,
-    c.deleted,
-    c.type
-  FROM pgbroker.changes c;
-COMMENT ON VIEW pgbroker.change_log IS
-  'The latest change of each live record, and the deletions of the last days, in the order in which they became visible.';
-COMMENT ON COLUMN pgbroker.change_log.version IS 'Position in the one global order of changes.';
-COMMENT ON COLUMN pgbroker.change_log.changed_at IS 'When, by the database''s clock.';
-COMMENT ON COLUMN pgbroker.change_log.change IS 'put or delete.';
-COMMENT ON COLUMN pgbroker.change_log.what IS 'Type of the changed record, short.';
-COMMENT ON COLUMN pgbroker.change_log.id IS 'Id of the changed record.';
-COMMENT ON COLUMN pgbroker.change_log.deleted IS 'Whether this is a tombstone.';
-COMMENT ON COLUMN pgbroker.change_log.type IS 'Type of the changed record in full.';
-
 -- ---------------------------------------------------------------------------------------------
 -- Revoking
 -- ---------------------------------------------------------------------------------------------
+
+CREATE FUNCTION pgbroker.revoke_session(session_id text) RETURNS boolean
+  LANGUAGE plpgsql AS $$
+BEGIN
+  DELETE FROM pgbroker.records r WHERE r.type = 'type.googleapis.com/session.Session' AND r.id = session_id;
+  RETURN FOUND;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.revoke_session(text) IS 'Revokes a session; false if there is none with that id.';
+
+CREATE FUNCTION pgbroker.revoke_user_sessions(user_id text) RETURNS bigint
+  LANGUAGE plpgsql AS $$
+DECLARE
+  revoked bigint;
+BEGIN
+  DELETE FROM pgbroker.records r
+    WHERE r.type = 'type.googleapis.com/session.Session'
+      AND r.index_fields @> jsonb_build_object('user_id', revoke_user_sessions.user_id);
+  GET DIAGNOSTICS revoked = ROW_COUNT;
+  RETURN revoked;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.revoke_user_sessions(text) IS 'Revokes every session of a user and returns how many.';
 
 CREATE FUNCTION pgbroker.revoke_idp_sessions(idp_id text) RETURNS bigint
   LANGUAGE plpgsql AS $$

@@ -1,0 +1,2 @@
+DROP VIEW pgbroker.versions;
+DROP TABLE pgbroker.changes;

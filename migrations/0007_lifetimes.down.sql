@@ -1,0 +1,18 @@
+DROP FUNCTION pgbroker.end_excess_records;
+DROP FUNCTION pgbroker.end_idle_records;
+DROP FUNCTION pgbroker.expire_by_ttl;
+DROP FUNCTION pgbroker.expire_records;
+DROP FUNCTION pgbroker.install_builtin_options;
+DROP FUNCTION pgbroker.set_user_limit;
+DROP FUNCTION pgbroker.set_idle_timeout;
+DROP FUNCTION pgbroker.set_expiry;
+DROP FUNCTION pgbroker.type_named;
+DROP TRIGGER record_types_options_update ON pgbroker.record_types;
+DROP TRIGGER record_types_options_insert ON pgbroker.record_types;
+DROP TRIGGER record_types_projected_update ON pgbroker.record_types;
+DROP TRIGGER record_types_projected_insert ON pgbroker.record_types;
+DROP TRIGGER record_types_keep ON pgbroker.record_types;
+DROP TRIGGER record_types_order ON pgbroker.record_types;
+DROP FUNCTION pgbroker.refuse_forgetting_types;
+DROP FUNCTION pgbroker.announce_options;
+DROP FUNCTION pgbroker.plan_projected_fields;

@@ -1,0 +1,12 @@
+DROP FUNCTION pgbroker.view_definition;
+DROP FUNCTION pgbroker.view_column;
+DROP TABLE pgbroker.reprojections;
+DROP TABLE pgbroker.schema_state;
+DROP VIEW pgbroker.secret_fields;
+DROP TABLE pgbroker.redacted_fields;
+DROP TABLE pgbroker.enum_values;
+DROP TABLE pgbroker.message_fields;
+DROP TABLE pgbroker.messages;
+DROP TABLE pgbroker.schemas;
+DROP FUNCTION pgbroker.check_redaction;
+DROP FUNCTION pgbroker.announce_schema;
