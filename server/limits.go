@@ -138,7 +138,7 @@ func (l *limiter) refuse(ctx context.Context, name string, err *limitError) erro
 		if p, ok := peer.FromContext(ctx); ok {
 			client = p.Addr.String()
 		}
-		l.logger.WarnContext(ctx, "a limit is reached, and what exceeds it refused", "limit", name, "reason", err.Error(), "client", client)
+		l.logger.WarnContext(ctx, "a limit is reached, and what exceeds it refused", "limit", name, "reason", err.Error(), "client", client, "key", auth.CallerFrom(ctx).Key)
 	}
 	return err
 }

@@ -232,7 +232,7 @@ func (f *settingFlag) String() string {
 
 // Set implements pflag.Value.
 func (f *settingFlag) Set(value string) error {
-	if _, several := f.setting.field(new(Config)).(*[]string); !several {
+	if !f.setting.several() {
 		f.items = nil
 	}
 	f.items = append(f.items, value)
@@ -246,6 +246,8 @@ func (f *settingFlag) Type() string {
 		return "bool"
 	case *[]string:
 		return f.setting.stringName() // may be repeated, which the help text says
+	case *[]namedKey:
+		return "key"
 	}
 	if len(f.setting.oneOf) > 0 {
 		return strings.Join(f.setting.oneOf, "|")
@@ -336,8 +338,8 @@ func envLayer(environ []string, variable func(*setting) string) (layer, error) {
 	for name := range k.Raw() {
 		s := settingNamed(name)
 		items := []string{k.String(name)}
-		if _, several := s.field(new(Config)).(*[]string); several {
-			items = strings.Split(items[0], ",")
+		if s.several() {
+			items = strings.Split(items[0], s.separator())
 		}
 		l[name] = rawValue{items: items, origin: "env " + variable(s)}
 	}
@@ -600,6 +602,19 @@ func (s *setting) fromYAML(value any) ([]string, error) {
 			}
 		}
 		return items, nil
+	case *[]namedKey:
+		list, ok := value.([]any)
+		if !ok {
+			list = []any{value}
+		}
+		items := make([]string, len(list))
+		for i := range list {
+			var err error
+			if items[i], err = keyFromYAML(list[i]); err != nil {
+				return nil, fmt.Errorf("key %d: %w", i+1, err)
+			}
+		}
+		return items, nil
 	default:
 		if text, ok := value.(string); ok {
 			return []string{text}, nil
@@ -628,6 +643,8 @@ func (s *setting) parse(c *Config, items []string) error {
 		if slices.Contains(items, "") {
 			return errors.New("one of the values is empty")
 		}
+	case *[]namedKey:
+		*field, err = parseKeys(items)
 	case *bool:
 		if *field, err = strconv.ParseBool(text); err != nil {
 			err = errors.New("want true or false")
@@ -691,6 +708,12 @@ func (c *configuration) show(s *setting) string {
 			return strings.Join(masked, ",")
 		}
 		return strings.Join(*field, ",")
+	case *[]namedKey:
+		shown := make([]string, len(*field))
+		for i := range *field {
+			shown[i] = (*field)[i].show()
+		}
+		return strings.Join(shown, s.separator())
 	case *time.Duration:
 		return showDuration(*field)
 	case *byteSize:

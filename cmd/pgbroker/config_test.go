@@ -81,6 +81,8 @@ func sample(s *setting, n int) (written, shown string) {
 	case *time.Duration:
 		written = fmt.Sprintf("%ds", 11+n)
 		return written, written
+	case *[]namedKey:
+		return fmt.Sprintf("name=k%d,secret=%s,access=read", n, canary), fmt.Sprintf("name=k%d,access=read,secret=%s", n, mask)
 	}
 	switch {
 	case len(s.oneOf) > 0:
@@ -326,6 +328,13 @@ func TestBadValues(t *testing.T) {
 		{"max_message_size", "1", "want from 64KiB to 1GiB"},
 		{"max_message_size", "99999999999999GiB", "KiB, MiB or GiB"},
 		{"feed_bytes", "4", "want from 1MiB"},
+		{"keys", "ci", "key 1: want name, access"},
+		{"keys", "name=ci,access=all,secret_file=/x", "key 1: access: want read, write or admin"},
+		{"keys", "name=c i,access=read,secret_file=/x", "key 1: name: want 1 to 64"},
+		{"keys", "name=ci,access=read", "key 1: want either secret or secret_file"},
+		{"keys", "name=ci,access=read,secret=a,secret_file=/x", "key 1: want either secret or secret_file"},
+		{"keys", "name=ci,name=ci,access=read,secret_file=/x", "key 1: want name, access"},
+		{"keys", "name=ci,rights=read,secret_file=/x", `key 1: unknown field "rights"`},
 		{"log_level", "verbose", "want one of debug, info, warn, error"},
 		{"log_format", "xml", "want one of auto, text, json"},
 	} {
@@ -336,7 +345,11 @@ func TestBadValues(t *testing.T) {
 			"env " + s.env():     try(t, []string{s.env() + "=" + c.value}, "config", "validate"),
 			"file " + path:       try(t, nil, "config", "validate", "--config", path),
 		} {
-			for _, want := range []string{c.name + " (" + source + ")", c.want, strings.TrimPrefix(c.value, "-")} {
+			wants := []string{c.name + " (" + source + ")", c.want, strings.TrimPrefix(c.value, "-")}
+			if s.secret {
+				wants = wants[:2]
+			}
+			for _, want := range wants {
 				if r.code != exitUsage || !strings.Contains(r.stderr, want) {
 					t.Errorf("%s=%q from %s: got exit code %d and %q, want %d and %q", c.name, c.value, source, r.code, r.stderr, exitUsage, want)
 				}
@@ -366,6 +379,12 @@ func TestSecretsAreMasked(t *testing.T) {
 			values := []string{canary, canary + " ", "-" + canary, "x" + canary}
 			if s.conn {
 				values = []string{conn, keywords, garbage, canary, "password=" + canary + " '", "mysql://u:" + canary + "@h/d"}
+			}
+			if s.name == "keys" {
+				for _, part := range []string{"name", "access", "secret", "secret_file", "x"} {
+					values = append(values, part+"="+canary, "name=ci,access=read,"+part+"="+canary, "name=ci,access=read,secret="+canary+","+part+"="+canary)
+				}
+				values = append(values, `{"name": "ci", "access": "`+canary+`"`, `{"`+canary+`": "`+canary+`"}`)
 			}
 			for _, value := range values {
 				path := writeFile(t, "pgbroker.yaml", fmt.Sprintf("%s: %q\n", s.name, value))
@@ -503,7 +522,7 @@ func TestSettingsTable(t *testing.T) {
 		if !strings.HasSuffix(s.help, ".") || strings.Contains(s.help, "  ") {
 			t.Errorf("%s: the help text is not made of sentences: %q", s.name, s.help)
 		}
-		if (s.secret || s.conn) && s.twin() == nil {
+		if (s.secret || s.conn) && s.twin() == nil && s.name != "keys" { // which have files of their own
 			t.Errorf("%s: a secret needs a setting %s_file", s.name, s.name)
 		}
 		if s.def == "" {
@@ -534,6 +553,7 @@ func TestReferenceIsCurrent(t *testing.T) {
 func FuzzConfigFile(f *testing.F) {
 	f.Add([]byte("address: 127.0.0.1:5443\nshared_secret: [a, b]\nrequest_timeout: 8s\n"))
 	f.Add([]byte("shared_secret: " + canary + "\ndatabase_url: postgres://u:" + canary + "@h/d\n"))
+	f.Add([]byte("keys: [{name: ci, access: read, secret: " + canary + "}, 'name=" + canary + "']\n"))
 	f.Add([]byte("shared_secret_file: x\nshared_secret: y\n"))
 	f.Add([]byte("a: &a [*a]\n"))
 	f.Add([]byte("<<: {address: ':1'}\n"))
@@ -550,7 +570,7 @@ func FuzzConfigFile(f *testing.F) {
 				}
 				continue
 			}
-			for _, name := range []string{"shared_secret", "tls_key", "database_url", "listener_database_url"} {
+			for _, name := range []string{"shared_secret", "keys", "tls_key", "database_url", "listener_database_url"} {
 				s := settingNamed(name)
 				if shown := cfg.show(s); strings.Contains(shown, canary) && !strings.Contains(shown, "/"+canary) && !strings.Contains(shown, "host="+canary) {
 					t.Errorf("%s is shown as %q", name, shown)

@@ -36,7 +36,7 @@ var exitCodes = []struct {
 	{exitNotFound, "no such record, type or setting"},
 	{exitTaken, "the lease is held by somebody else"},
 	{exitUnreachable, "the server cannot be reached or cannot reach its database"},
-	{exitUnauthenticated, "the server does not accept the shared secret"},
+	{exitUnauthenticated, "the server does not accept the shared secret, or its access is not enough"},
 	{exitInterrupted, "interrupted"},
 }
 

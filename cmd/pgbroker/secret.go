@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -101,6 +102,14 @@ func (a *app) configuredKeys(ctx context.Context, cfg *configuration, stdin bool
 			continue
 		}
 		keys = append(keys, keyFingerprint{key.Fingerprint(), path})
+	}
+	for _, named := range cfg.Keys {
+		key, err := named.read()
+		if err != nil {
+			problems = append(problems, fmt.Sprintf("%s: key %s: %v", cfg.describe("keys"), named.name, err))
+			continue
+		}
+		keys = append(keys, keyFingerprint{key.Fingerprint(), fmt.Sprintf("key %s (%s)", named.name, cmp.Or(named.secretFile, cfg.origin("keys")))})
 	}
 	if len(problems) > 0 {
 		return nil, problems

@@ -25,7 +25,6 @@ import (
 	"pgbroker/db/embedded"
 	"pgbroker/migrations"
 	"pgbroker/server"
-	"pgbroker/server/auth"
 )
 
 func (a *app) serveCommand() *cobra.Command {
@@ -158,7 +157,7 @@ func newServer(cfg *configuration, database *db.DB, metrics prometheus.Registere
 	}
 	config := server.Config{
 		DB:                   database,
-		Auth:                 auth.Config{Secrets: cfg.SharedSecret, Files: cfg.SharedSecretFile},
+		Auth:                 cfg.authConfig(),
 		AllowUnauthenticated: cfg.AllowUnauthenticated,
 		RequestTimeout:       cfg.RequestTimeout,
 		ShutdownTimeout:      cfg.ShutdownTimeout,
@@ -342,6 +341,8 @@ func welcomeText(cfg *configuration, postgres *embedded.Server, address string) 
 		secret = cfg.SharedSecretFile[0]
 	case len(cfg.SharedSecret) > 0:
 		secret = cfg.origin("shared_secret")
+	case len(cfg.Keys) > 0:
+		secret = "those of keys (" + cfg.origin("keys") + ")"
 	}
 	var b strings.Builder
 	fmt.Fprintf(&b, `

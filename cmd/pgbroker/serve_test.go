@@ -422,6 +422,7 @@ func TestValidate(t *testing.T) {
 	empty := writeFile(t, "empty", "\n")
 	secret := writeFile(t, "secret", canary+"\n")
 	padded := writeFile(t, "padded", " "+canary)
+	const other = "b3RoZXIgc2hhcmVkIHNlY3JldCBvZiAzMiBieXRlcyE="
 	conn := "--database-url=postgres://h/d"
 	dsn := writeFile(t, "dsn", "postgres://u:"+canary+"@h/d\n")
 	for name, c := range map[string]struct {
@@ -441,6 +442,12 @@ func TestValidate(t *testing.T) {
 		"secret file missing":        {[]string{"--shared-secret-file=" + unreadable}, []string{"shared_secret_file (flag --shared-secret-file)", unreadable}},
 		"secret file empty":          {[]string{"--shared-secret-file=" + empty}, []string{"shared_secret_file", empty}},
 		"secret file with space":     {[]string{"--shared-secret-file=" + padded}, []string{"shared_secret_file", "whitespace"}},
+		"named keys":                 {[]string{conn, "--keys=name=ci,access=read,secret_file=" + secret}, nil},
+		"named key, file missing":    {[]string{"--keys=name=ci,access=read,secret_file=" + unreadable}, []string{"keys (flag --keys): key ci: ", unreadable}},
+		"named key, bad secret":      {[]string{"--keys=name=ci,access=read,secret=" + canary[:40]}, []string{"keys (flag --keys): key ci: "}},
+		"named key and none":         {[]string{"--keys=name=ci,access=read,secret_file=" + secret, "--allow-unauthenticated"}, []string{"allow_unauthenticated (flag --allow-unauthenticated) and keys (flag --keys) are both set"}},
+		"one secret for two keys":    {[]string{"--keys=name=ci,access=read,secret_file=" + secret, "--shared-secret-file=" + secret}, []string{"keys (flag --keys): key ci has the same secret as key shared-secret"}},
+		"two rights for one name":    {[]string{"--keys=name=ci,access=read,secret_file=" + secret, "--keys=name=ci,access=admin,secret=" + other}, []string{"key ci: has access read in one place and admin in another"}},
 		"plaintext for everyone":     {[]string{"--address=0.0.0.0:5443"}, []string{"address (flag --address)", "--grpc-insecure"}},
 		"plaintext on a name":        {[]string{"--address=broker:5443"}, []string{"address (flag --address)"}},
 		"certificate without key":    {[]string{"--tls-cert-file=" + certificate}, []string{"tls_cert_file (flag --tls-cert-file)", "without its private key"}},

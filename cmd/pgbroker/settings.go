@@ -11,6 +11,7 @@ type Config struct {
 	Address              string
 	SharedSecret         []string
 	SharedSecretFile     []string
+	Keys                 []namedKey
 	AllowUnauthenticated bool
 
 	TLSCert         string
@@ -78,7 +79,8 @@ type setting struct {
 	// name is the key in the file. The flag is the same with dashes, the environment variable the same in capitals after
 	// PGBROKER_.
 	name string
-	// field returns where the value goes. Its type is the setting's type: string, []string, bool, int, byteSize or duration.
+	// field returns where the value goes. Its type is the setting's type: string, []string, []namedKey, bool, int, byteSize or
+	// duration.
 	field func(*Config) any
 	// def is the default as a user would write it; empty means none.
 	def string
@@ -120,6 +122,15 @@ var settings = []setting{
 		name: "shared_secret_file", use: useServe | useClient | useSecret,
 		field: func(c *Config) any { return &c.SharedSecretFile }, pomerium: "shared_secret_file",
 		help: "File that holds a shared secret. It is read again when it changes; several files may be given, for rotation.",
+	},
+	{
+		name: "keys", use: useServe | useSecret,
+		field: func(c *Config) any { return &c.Keys }, secret: true,
+		help: "Shared secrets with a name and rights: name=NAME,access=ACCESS,secret_file=FILE, or secret=SECRET instead of the file; in " +
+			"a configuration file a list with name, access, and secret_file or secret. access is read (look and follow), write (change records, " +
+			"take leases, report services, set the checkpoint) or admin (set options of types, clear); each includes the one before it. The name " +
+			"appears in logs, metrics and the audit. Two keys may have the same name and access, for rotation. Clients are given the secret " +
+			"alone, as their shared_secret. A plain shared_secret beside them may do everything.",
 	},
 	{
 		name: "allow_unauthenticated", use: useServe,
@@ -407,6 +418,8 @@ func (s *setting) typeName() string {
 		return "duration"
 	case *[]string:
 		return s.stringName() + ", ..."
+	case *[]namedKey:
+		return "key" + s.separator() + " ..."
 	default:
 		return s.stringName()
 	}

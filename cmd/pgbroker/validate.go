@@ -55,7 +55,7 @@ func (c *configuration) validate() error {
 }
 
 // hasSecret reports whether a shared secret is configured.
-func (c *Config) hasSecret() bool { return len(c.SharedSecret)+len(c.SharedSecretFile) > 0 }
+func (c *Config) hasSecret() bool { return len(c.SharedSecret)+len(c.SharedSecretFile)+len(c.Keys) > 0 }
 
 func (c *configuration) checkSecrets() error {
 	var problems configError
@@ -69,11 +69,27 @@ func (c *configuration) checkSecrets() error {
 			problems = append(problems, c.describe("shared_secret_file")+": "+err.Error())
 		}
 	}
+	for i := range c.Keys {
+		if _, err := c.Keys[i].read(); err != nil {
+			problems = append(problems, fmt.Sprintf("%s: key %s: %v", c.describe("keys"), c.Keys[i].name, err))
+		}
+	}
+	if len(problems) == 0 && c.hasSecret() {
+		// What is wrong with all of them together.
+		config := c.authConfig()
+		config.Log = c.noting()
+		if _, err := auth.New(config); err != nil {
+			problems = append(problems, c.describe("keys")+": "+err.Error())
+		}
+	}
 	switch {
 	case c.AllowUnauthenticated && c.hasSecret():
 		name := "shared_secret"
-		if len(c.SharedSecret) == 0 {
+		switch {
+		case len(c.SharedSecretFile) > 0:
 			name = "shared_secret_file"
+		case len(c.Keys) > 0:
+			name = "keys"
 		}
 		problems = append(problems, fmt.Sprintf("%s and %s are both set: keep one of them",
 			c.describe("allow_unauthenticated"), c.describe(name)))
