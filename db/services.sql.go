@@ -12,7 +12,7 @@ import (
 )
 
 const servicesList = `-- name: ServicesList :many
-SELECT kind, endpoint, (expires_at - clock_timestamp())::interval AS remaining
+SELECT kind, endpoint, (least(expires_at, clock_timestamp() + interval '1 hour') - clock_timestamp())::interval AS remaining
 FROM pgbroker.services
 WHERE expires_at > clock_timestamp()
 ORDER BY kind, endpoint
@@ -24,9 +24,10 @@ type ServicesListRow struct {
 	Remaining time.Duration
 }
 
-// Live services, and how long each stays unless reported again.
+// Live services, and how long each stays unless reported again: an hour at most, since whoever writes one in SQL may have it stay
+// for ever.
 //
-//	SELECT kind, endpoint, (expires_at - clock_timestamp())::interval AS remaining
+//	SELECT kind, endpoint, (least(expires_at, clock_timestamp() + interval '1 hour') - clock_timestamp())::interval AS remaining
 //	FROM pgbroker.services
 //	WHERE expires_at > clock_timestamp()
 //	ORDER BY kind, endpoint

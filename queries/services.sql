@@ -8,8 +8,9 @@ ON CONFLICT (kind, endpoint) DO UPDATE
   SET reported_at = excluded.reported_at, expires_at = excluded.expires_at;
 
 -- name: ServicesList :many
--- Live services, and how long each stays unless reported again.
-SELECT kind, endpoint, (expires_at - clock_timestamp())::interval AS remaining
+-- Live services, and how long each stays unless reported again: an hour at most, since whoever writes one in SQL may have it stay
+-- for ever.
+SELECT kind, endpoint, (least(expires_at, clock_timestamp() + interval '1 hour') - clock_timestamp())::interval AS remaining
 FROM pgbroker.services
 WHERE expires_at > clock_timestamp()
 ORDER BY kind, endpoint;

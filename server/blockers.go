@@ -155,6 +155,6 @@ func (w *blockerWatch) Collect(metrics chan<- prometheus.Metric) {
 		}
 		seen[b.Pid] = true
 		metrics <- prometheus.MustNewConstMetric(blockingSeconds, prometheus.GaugeValue, b.seen.Sub(b.since).Seconds(),
-			strconv.Itoa(int(b.Pid)), toValidText(b.UserName), toValidText(b.ApplicationName), b.State, b.query)
+			strconv.Itoa(int(b.Pid)), toValidText(b.UserName), toValidText(b.ApplicationName), toValidText(b.State), toValidText(b.query))
 	}
 }

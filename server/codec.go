@@ -1,6 +1,8 @@
 package server
 
 import (
+	"context"
+	"fmt"
 	"time"
 	"unicode/utf8"
 
@@ -8,22 +10,41 @@ import (
 	"google.golang.org/grpc/encoding/proto"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/protobuf/encoding/protowire"
+	gproto "google.golang.org/protobuf/proto"
+
+	"pgbroker/proto/databroker"
 )
 
 // encoded is a message that is serialized already. Streams send records in this form: the payload goes
 // from the table to the wire without being decoded, and a change is encoded once for all streams.
 type encoded []byte
 
-// codec is the standard protobuf codec, which also takes encoded messages as they are.
+// codec is the standard protobuf codec, which also takes encoded messages as they are. It runs on goroutines where nobody else
+// recovers from a panic.
 type codec struct{ encoding.CodecV2 }
 
 func newCodec() codec { return codec{encoding.GetCodecV2(proto.Name)} }
 
-func (c codec) Marshal(message any) (mem.BufferSlice, error) {
+// Marshal implements encoding.CodecV2.
+func (c codec) Marshal(message any) (data mem.BufferSlice, err error) {
+	defer recoverAs(&err)
 	if message, ok := message.(encoded); ok {
 		return mem.BufferSlice{mem.SliceBuffer(message)}, nil
 	}
 	return c.CodecV2.Marshal(message)
+}
+
+// Unmarshal implements encoding.CodecV2.
+func (c codec) Unmarshal(data mem.BufferSlice, message any) (err error) {
+	defer recoverAs(&err)
+	return c.CodecV2.Unmarshal(data, message)
+}
+
+// recoverAs is to be deferred: it makes a panic an error, without what it may quote of the data.
+func recoverAs(err *error) {
+	if value := recover(); value != nil {
+		*err = fmt.Errorf("panic in the codec (%T)", value)
+	}
 }
 
 // Field numbers of databroker.Record and of the responses that carry one.
@@ -53,15 +74,35 @@ type wireRecord struct {
 	deleted    bool
 }
 
-// newWireRecord takes a row of the table. A payload that was written in SQL and is no Any would make the
-// whole message undecodable, for every client and for ever: such a record has no data.
-func (s *Server) newWireRecord(version int64, recordType, id string, payload []byte, modifiedAt time.Time, deleted bool) *wireRecord {
-	if !isAny(payload) {
-		s.logger.Warn("the payload of a record is not a serialized google.protobuf.Any; clients get the record without it",
-			"type", recordType, "id", id, "version", version)
-		payload = nil
+// encodeRow serializes the response that delivers a row of the table, whatever is in it; nil if it cannot be delivered.
+func (s *Server) encodeRow(ctx context.Context, r *wireRecord) (message encoded) {
+	k := key{r.recordType, r.id}
+	err := s.supervisor.Catch(ctx, "encoding of a record", func() error {
+		if !isAny(r.payload) {
+			s.misfits.note(ctx, k, r.version, len(r.payload), misfitMalformed)
+			r.payload = nil
+		}
+		if s.tooLarge(r.size()) {
+			s.misfits.note(ctx, k, r.version, len(r.payload), misfitTooLarge)
+			return nil
+		}
+		message = encodeResponse(r)
+		return nil
+	})
+	if err != nil {
+		s.misfits.note(ctx, k, r.version, len(r.payload), misfitPanicked)
 	}
-	return &wireRecord{version, recordType, id, payload, modifiedAt, deleted}
+	return message
+}
+
+// tooLarge reports whether a record of this size, serialized, cannot be delivered.
+func (s *Server) tooLarge(size int) bool {
+	return protowire.SizeTag(responseRecord)+protowire.SizeBytes(size) > s.config.MaxMessageSize
+}
+
+// recordTooLarge is tooLarge for a record that is not serialized yet; most are seen at once to be small.
+func (s *Server) recordTooLarge(record *databroker.Record) bool {
+	return len(record.GetData().GetValue()) > s.config.MaxMessageSize-2*recordOverhead && s.tooLarge(gproto.Size(record))
 }
 
 // isAny reports whether a payload can be decoded as a google.protobuf.Any.

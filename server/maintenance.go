@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 
 	"pgbroker/db"
+	"pgbroker/server/supervise"
 )
 
 const (
@@ -39,6 +41,10 @@ type maintenance struct {
 	// projectionGrace is how long replicas may go on by types and rules that have been changed.
 	projectionGrace time.Duration
 
+	supervisor *supervise.Supervisor
+	misfits    *misfits
+	completed  atomic.Pointer[time.Time] // when the latest round without an error ended; at first when the replica was made
+
 	leaseID string // "" while another replica holds the lease
 
 	// By type. Whoever takes over begins anew, which costs one look at every record.
@@ -53,13 +59,24 @@ type limitProgress struct {
 }
 
 func (s *Server) newMaintenance() *maintenance {
-	return &maintenance{
+	m := &maintenance{
 		db: s.db, queries: s.queries, logger: s.logger, metrics: s.metrics,
 		interval: s.config.MaintenanceInterval, retention: s.config.TombstoneRetention, auditRetention: s.config.AuditRetention,
 		projector: s.projector, projectionGrace: s.config.ProjectionGrace,
+		supervisor: s.supervisor, misfits: s.misfits,
 		swept: make(map[string]time.Time), limited: make(map[string]limitProgress),
 	}
+	m.noteCompleted()
+	return m
 }
+
+func (m *maintenance) noteCompleted() {
+	now := time.Now()
+	m.completed.Store(&now)
+}
+
+// age is for how long no round has been completed by this replica.
+func (m *maintenance) age() time.Duration { return time.Since(*m.completed.Load()) }
 
 // run works until ctx ends, and then gives the lease back.
 func (m *maintenance) run(ctx context.Context) {
@@ -78,21 +95,27 @@ func (m *maintenance) run(ctx context.Context) {
 	}
 }
 
-// round does all that is due, if this replica holds the lease or can get it.
+// round does all that is due, if this replica holds the lease or can get it. What one job meets, an error or a panic, keeps no
+// other from being done.
 func (m *maintenance) round(ctx context.Context) error {
 	mine, err := m.hold(ctx)
 	if err != nil || !mine {
 		return err
 	}
 	var errs []error
-	job := func(name string, batch func(context.Context) (int64, error)) {
-		done, err := m.drain(ctx, batch)
-		m.report(ctx, name, done)
-		if err != nil {
+	job := func(name string, do func(context.Context) error) {
+		if err := m.supervisor.Catch(ctx, "periodic work", func() error { return do(ctx) }); err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", name, err))
 		}
 	}
-	job("expired records deleted", func(ctx context.Context) (int64, error) {
+	drain := func(name string, batch func(context.Context) (int64, error)) {
+		job(name, func(ctx context.Context) error {
+			done, err := m.drain(ctx, batch)
+			m.report(ctx, name, done)
+			return err
+		})
+	}
+	drain("expired records deleted", func(ctx context.Context) (int64, error) {
 		return m.queries.RecordsExpire(ctx, maintenanceBatch)
 	})
 	types, err := m.queries.TypesWithTTL(ctx)
@@ -100,36 +123,29 @@ func (m *maintenance) round(ctx context.Context) error {
 		errs = append(errs, fmt.Errorf("list types with a TTL: %w", err))
 	}
 	for _, recordType := range types {
-		job("outdated records deleted", func(ctx context.Context) (int64, error) {
+		drain("outdated records deleted", func(ctx context.Context) (int64, error) {
 			return m.queries.RecordsExpireByTTL(ctx, db.RecordsExpireByTTLParams{Type: recordType, MaxRows: maintenanceBatch})
 		})
 	}
-	if err := m.endIdle(ctx); err != nil {
-		errs = append(errs, fmt.Errorf("idle timeouts: %w", err))
-	}
-	if err := m.endExcess(ctx); err != nil {
-		errs = append(errs, fmt.Errorf("limits for users: %w", err))
-	}
-	job("tombstones purged", func(ctx context.Context) (int64, error) {
-		return m.purgeTombstones(ctx)
-	})
+	job("idle timeouts", m.endIdle)
+	job("limits for users", m.endExcess)
+	drain("tombstones purged", m.purgeTombstones)
 	unindexed, err := m.queries.TypesToReindex(ctx)
 	if err != nil {
 		errs = append(errs, fmt.Errorf("list types to index: %w", err))
 	}
 	for _, row := range unindexed {
-		if err := m.reindex(ctx, row); err != nil {
-			errs = append(errs, fmt.Errorf("index %s: %w", row.Type, err))
-		}
+		job("index "+row.Type, func(ctx context.Context) error { return m.reindex(ctx, row) })
 	}
-	if err := m.reproject(ctx); err != nil {
-		errs = append(errs, fmt.Errorf("project again: %w", err))
-	}
-	job("audit entries purged", func(ctx context.Context) (int64, error) {
+	job("project again", m.reproject)
+	drain("audit entries purged", func(ctx context.Context) (int64, error) {
 		return m.queries.AuditPurge(ctx, db.AuditPurgeParams{MaxRows: maintenanceBatch, Retention: m.auditRetention})
 	})
-	job("services purged", m.queries.ServicesPurge)
-	job("leases purged", m.queries.LeasesPurge)
+	drain("services purged", m.queries.ServicesPurge)
+	drain("leases purged", m.queries.LeasesPurge)
+	if len(errs) == 0 {
+		m.noteCompleted()
+	}
 	return errors.Join(errs...)
 }
 

@@ -1,10 +1,11 @@
 package server
 
 import (
+	"context"
+
 	"github.com/prometheus/client_golang/prometheus"
 
-	"pgbroker/db"
-	"pgbroker/server/changefeed"
+	"pgbroker/server/supervise"
 )
 
 // metrics of a replica. docs/configuration.md lists them.
@@ -14,10 +15,11 @@ type metrics struct {
 	maintained *prometheus.CounterVec
 	accepted   *prometheus.CounterVec
 	rejected   *prometheus.CounterVec
+	panics     *prometheus.CounterVec
 }
 
 func newMetrics() *metrics {
-	return &metrics{
+	m := &metrics{
 		streams: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "pgbroker_sync_streams", Help: "Open Sync streams.",
 		}),
@@ -33,11 +35,34 @@ func newMetrics() *metrics {
 		rejected: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "pgbroker_auth_rejected_total", Help: "Requests without a valid token, or with a key that may not be used for them, by reason.",
 		}, []string{"reason"}),
+		panics: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "pgbroker_background_panics_total", Help: "Panics of work in the background, which is then begun again; each is a bug, and logged with its stack.",
+		}, []string{"task"}),
 	}
+	for _, task := range []string{
+		"change feed", "listener", "registered services", "message types", "periodic work", "watch for blockers", "health", "keys",
+		"encoding of a record", "page of SyncLatest", "metrics",
+	} {
+		m.panics.WithLabelValues(task) // a metric that is there before it is needed
+	}
+	return m
 }
 
 func (m *metrics) collectors() []prometheus.Collector {
-	return []prometheus.Collector{m.streams, m.delivered, m.maintained, m.accepted, m.rejected}
+	return []prometheus.Collector{m.streams, m.delivered, m.maintained, m.accepted, m.rejected, m.panics}
+}
+
+// guardedCollector collects what it can: the registry asks on goroutines where nobody recovers from a panic, as one that
+// metrics answer text that is no UTF-8 with.
+type guardedCollector struct {
+	prometheus.Collector
+	supervisor *supervise.Supervisor
+}
+
+// Collect implements prometheus.Collector.
+func (c guardedCollector) Collect(metrics chan<- prometheus.Metric) {
+	defer c.supervisor.Recover(context.Background(), "metrics")
+	c.Collector.Collect(metrics)
 }
 
 // reading is a metric that is read from somewhere else when it is asked for.
@@ -62,7 +87,9 @@ func (r readings) Collect(metrics chan<- prometheus.Metric) {
 	}
 }
 
-func newReadings(feed *changefeed.Feed, database *db.DB, waitingWrites func() int) readings {
+// readings returns what other parts of the server count for themselves.
+func (s *Server) readings() readings {
+	feed, database := s.feed, s.db
 	gauge := func(name, help string, read func() float64) reading {
 		return reading{prometheus.NewDesc(name, help, nil, nil), prometheus.GaugeValue, read}
 	}
@@ -86,8 +113,11 @@ func newReadings(feed *changefeed.Feed, database *db.DB, waitingWrites func() in
 			func() float64 { return float64(feed.Stats().TableReads) }),
 		counter("pgbroker_feed_unannounced_total", "Reads that found changes although listening and not notified: lost wake-ups.",
 			func() float64 { return float64(feed.Stats().Unannounced) }),
+		gauge("pgbroker_maintenance_age_seconds",
+			"Time since this replica has last completed a round of the periodic work, or since its start. One replica at a time does it: the least of all counts.",
+			func() float64 { return s.maintenance.age().Seconds() }),
 		gauge("pgbroker_writes_waiting", "Requests to write that wait for the batch under way to end.",
-			func() float64 { return float64(waitingWrites()) }),
+			func() float64 { return float64(s.writer.combiner.Waiting()) }),
 		counter("pgbroker_feed_versions_lost_total", "Record versions that a failover or restore has undone after this replica had read them.",
 			func() float64 { return float64(feed.Stats().VersionsLost) }),
 		gauge("pgbroker_database_timeline", "Timeline of the database server in use; 0 where it is hidden.",

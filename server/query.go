@@ -54,16 +54,21 @@ func (s *brokerServer) Query(ctx context.Context, request *databroker.QueryReque
 	if rows[0].Version == 0 {
 		return response, nil
 	}
-	response.Records = make([]*databroker.Record, len(rows))
+	response.Records = make([]*databroker.Record, 0, len(rows))
 	for i := range rows {
 		row := &rows[i]
 		data, err := decodeAny(row.Payload)
 		if err != nil {
 			return nil, err
 		}
-		response.Records[i] = &databroker.Record{
+		record := &databroker.Record{
 			Version: uint64(row.Version), Type: row.Type, Id: row.ID, Data: data, ModifiedAt: timestamppb.New(row.ModifiedAt),
 		}
+		if s.recordTooLarge(record) { // one that nobody can be given must not hide the others
+			s.misfits.note(ctx, key{row.Type, row.ID}, row.Version, len(row.Payload), misfitTooLarge)
+			continue
+		}
+		response.Records = append(response.Records, record)
 	}
 	return response, nil
 }

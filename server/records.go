@@ -57,6 +57,10 @@ func (s *brokerServer) Get(ctx context.Context, request *databroker.GetRequest) 
 	if record.Data, err = decodeAny(row.Payload); err != nil {
 		return nil, err
 	}
+	if s.recordTooLarge(record) {
+		s.misfits.note(ctx, key{request.Type, request.Id}, row.Version, len(row.Payload), misfitTooLarge)
+		return nil, &limitError{"the record is too large", s.config.MaxMessageSize, " bytes", "max_message_size"}
+	}
 	return &databroker.GetResponse{Record: record}, nil
 }
 

@@ -160,6 +160,11 @@ func (f *serviceFeed) refresh(ctx context.Context) error {
 // run publishes the list when asked, at each wake-up and each time that a service expires, until ctx ends.
 func (f *serviceFeed) run(ctx context.Context) {
 	var waiting []chan error
+	defer func() { // nobody waits for an answer that does not come
+		for _, answer := range waiting {
+			answer <- errPanicked
+		}
+	}()
 	for {
 		next := serviceTTL
 		rows, err := f.queries.ServicesList(ctx)

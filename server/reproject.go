@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"pgbroker/db"
+	"pgbroker/server/projection"
 )
 
 // projectionBatchBytes bounds the payloads of one batch.
@@ -101,7 +102,15 @@ func (m *maintenance) projectBatch(ctx context.Context, known *knownTypes, rows 
 		if rows[i].Payload == nil {
 			continue
 		}
-		projected := known.Project(rows[i].Payload)
+		var projected projection.Projection
+		err := m.supervisor.Catch(ctx, "periodic work", func() error {
+			projected = known.Project(rows[i].Payload)
+			return nil
+		})
+		if err != nil { // it stays as it is, and the others are projected
+			m.misfits.note(ctx, key{rows[i].Type, rows[i].ID}, rows[i].Version, len(rows[i].Payload), misfitPanicked)
+			continue
+		}
 		all.Types = append(all.Types, rows[i].Type)
 		all.IDs = append(all.IDs, rows[i].ID)
 		all.Versions = append(all.Versions, rows[i].Version)

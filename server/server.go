@@ -30,6 +30,7 @@ import (
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/reflection"
+	"google.golang.org/grpc/tap"
 
 	"pgbroker/db"
 	"pgbroker/proto/databroker"
@@ -37,6 +38,7 @@ import (
 	"pgbroker/server/auth"
 	"pgbroker/server/changefeed"
 	"pgbroker/server/reload"
+	"pgbroker/server/supervise"
 )
 
 // Defaults of Config.
@@ -108,12 +110,16 @@ type Server struct {
 	services  *serviceFeed
 	metrics   *metrics
 	auth      *auth.Authenticator
+	misfits   *misfits
 	limiter   *limiter
 	bounded   *db.Queries // for reads whose size a client decides
 	blockers  *blockerWatch
 	grpc      *grpc.Server
 	health    *health.Server
 	snapshots chan struct{} // one per open snapshot of SyncLatest
+
+	supervisor  *supervise.Supervisor // of all that runs in the background
+	maintenance *maintenance
 
 	stopping context.Context // ends when streams shall
 	stop     context.CancelFunc
@@ -144,9 +150,13 @@ func New(config Config) (*Server, error) {
 		queries:   db.New(config.DB),
 		writer:    newWriter(config.DB, config.RequestTimeout),
 		metrics:   newMetrics(),
+		misfits:   newMisfits(config.Logger),
 		limiter:   newLimiter(config.Limits, config.Logger),
 		health:    health.NewServer(),
 		snapshots: make(chan struct{}, max(1, int(config.DB.Config().MaxConns)/2)),
+	}
+	s.supervisor = &supervise.Supervisor{
+		Logger: s.logger, OnPanic: func(task string) { s.metrics.panics.WithLabelValues(task).Inc() },
 	}
 	s.bounded = db.New(boundedReader{config.DB, s.limiter})
 	s.blockers = &blockerWatch{queries: s.queries, logger: s.logger, after: config.LockWarning}
@@ -159,12 +169,14 @@ func New(config Config) (*Server, error) {
 		Listen:       s.db.Listen,
 		Settle:       s.db.Settle,
 		Encode:       s.encodeChange,
+		Guard:        s.supervisor.Run,
 		OnServices:   s.services.Wake,
 		RingBytes:    config.RingBytes,
 		PollInterval: config.PollInterval,
 		Logger:       s.logger,
 	})
 	s.projector = &projector{queries: s.queries, feed: s.feed, logger: s.logger}
+	s.maintenance = s.newMaintenance()
 	if err := s.newGRPC(); err != nil {
 		return nil, err
 	}
@@ -181,7 +193,7 @@ func (s *Server) newGRPC() error {
 	recovered := recovery.WithRecoveryHandlerContext(s.recovered)
 	options := []grpc.ServerOption{
 		grpc.ForceServerCodecV2(newCodec()),
-		grpc.InTapHandle(s.limiter.tap(authenticator)),
+		grpc.InTapHandle(s.guardTap(s.limiter.tap(authenticator))),
 		grpc.ConnectionTimeout(handshakeTime),
 		grpc.MaxHeaderListSize(maxHeaderBytes),
 		grpc.MaxConcurrentStreams(s.limiter.maxConcurrentStreams()),
@@ -217,8 +229,8 @@ func (s *Server) newGRPC() error {
 	if s.config.Registerer == nil {
 		return nil
 	}
-	for _, collector := range append(s.metrics.collectors(), s.limiter.reached, s.blockers, requests, newReadings(s.feed, s.db, s.writer.combiner.Waiting)) {
-		if err := s.config.Registerer.Register(collector); err != nil {
+	for _, collector := range append(s.metrics.collectors(), s.limiter.reached, s.misfits, s.blockers, requests, s.readings()) {
+		if err := s.config.Registerer.Register(guardedCollector{collector, s.supervisor}); err != nil {
 			return fmt.Errorf("server: register metrics: %w", err)
 		}
 	}
@@ -268,15 +280,14 @@ func (s *Server) Run(ctx context.Context, listener net.Listener) error {
 	// What requests depend on stops after them.
 	background, stopBackground := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopBackground()
-	periodic := s.newMaintenance()
 	var group errgroup.Group
 	group.Go(func() error { return s.feed.Run(background) })
-	group.Go(func() error { s.services.run(background); return nil })
-	group.Go(func() error { s.projector.follow(background); return nil })
-	group.Go(func() error { periodic.run(background); return nil })
-	group.Go(func() error { s.blockers.run(background); return nil })
-	group.Go(func() error { s.reportHealth(background); return nil })
-	group.Go(func() error { s.endStreamsOfOldKeys(background); return nil })
+	for task, run := range map[string]func(context.Context){
+		"registered services": s.services.run, "message types": s.projector.follow, "periodic work": s.maintenance.run,
+		"watch for blockers": s.blockers.run, "health": s.reportHealth, "keys": s.endStreamsOfOldKeys,
+	} {
+		group.Go(func() error { s.supervisor.Run(background, task, run); return nil })
+	}
 
 	served := make(chan error, 1)
 	go func() { served <- s.grpc.Serve(s.limiter.listener(listener)) }()
@@ -363,6 +374,18 @@ func (s *Server) deadline(ctx context.Context, request any, _ *grpc.UnaryServerI
 	ctx, cancel := context.WithTimeout(ctx, s.config.RequestTimeout)
 	defer cancel()
 	return handler(ctx, request)
+}
+
+// guardTap makes a panic of a tap handle an error: it runs on the goroutine of a connection, where nobody recovers from one.
+func (s *Server) guardTap(handle tap.ServerInHandle) tap.ServerInHandle {
+	return func(ctx context.Context, info *tap.Info) (tapped context.Context, err error) {
+		defer func() {
+			if value := recover(); value != nil {
+				tapped, err = nil, toStatus(ctx, s.logger, info.FullMethodName, s.recovered(ctx, value))
+			}
+		}()
+		return handle(ctx, info)
+	}
 }
 
 // recovered turns a panic into an error: one request must not end the others.

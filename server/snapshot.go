@@ -9,6 +9,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"pgbroker/db"
+	"pgbroker/server/supervise"
 )
 
 // Bounds of a page of SyncLatest.
@@ -28,8 +29,9 @@ var (
 // snapshot is a view of the database in which all reads see the same state, as long as it lasts. It is
 // opened when it is read, and again after close. But for close, it is used by one goroutine.
 type snapshot struct {
-	db    *db.DB
-	slots chan struct{} // bounds the open snapshots, so that other requests find connections
+	db         *db.DB
+	supervisor *supervise.Supervisor
+	slots      chan struct{} // bounds the open snapshots, so that other requests find connections
 
 	rows int32 // of the next page
 
@@ -48,7 +50,7 @@ type nextPage struct {
 }
 
 func (s *Server) newSnapshot() *snapshot {
-	return &snapshot{db: s.db, slots: s.snapshots, rows: pageRows}
+	return &snapshot{db: s.db, supervisor: s.supervisor, slots: s.snapshots, rows: pageRows}
 }
 
 // state returns the versions and the options of all types.
@@ -96,6 +98,7 @@ func (s *snapshot) readAhead(ctx context.Context, recordType string, from key) {
 	s.mu.Unlock()
 	go func() {
 		defer close(next.done)
+		defer s.supervisor.Recover(ctx, "page of SyncLatest") // the read that follows meets the same, and says so
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if s.tx == nil || s.ahead != next {

@@ -15,9 +15,15 @@ import (
 	"pgbroker/server/changefeed"
 )
 
-// encodeChange serializes a change as the SyncResponse that every stream sends.
+// encodeChange serializes a change as the SyncResponse that every stream sends. A record that cannot be delivered is one that
+// clients do not have: it goes out as a deletion, lest they keep what was there before. Nil if not even that can be made.
 func (s *Server) encodeChange(row *db.ChangesAfterRow) []byte {
-	return encodeResponse(s.newWireRecord(row.Version, row.Type, row.ID, row.Payload, row.ChangedAt, row.Deleted))
+	ctx := s.stopping
+	message := s.encodeRow(ctx, &wireRecord{row.Version, row.Type, row.ID, row.Payload, row.ChangedAt, row.Deleted})
+	if message == nil && !row.Deleted {
+		message = s.encodeRow(ctx, &wireRecord{row.Version, row.Type, row.ID, nil, row.ChangedAt, true})
+	}
+	return message
 }
 
 // Sync sends what follows a record version: options first, then changes in the order of their versions,
@@ -159,9 +165,11 @@ func (s *Server) sendPage(snapshot *snapshot, page []db.RecordsPageRow, stream g
 			snapshot.pace(rest.stop())
 			return from, nil
 		}
-		message := encodeResponse(s.newWireRecord(row.Version, row.Type, row.ID, row.Payload, row.ModifiedAt, false))
-		if err := stream.SendMsg(message); err != nil {
-			return from, err
+		message := s.encodeRow(stream.Context(), &wireRecord{row.Version, row.Type, row.ID, row.Payload, row.ModifiedAt, false})
+		if message != nil {
+			if err := stream.SendMsg(message); err != nil {
+				return from, err
+			}
 		}
 		from = keyAfter(&row)
 	}

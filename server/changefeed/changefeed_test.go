@@ -27,6 +27,7 @@ type fixture struct {
 	ctx      context.Context
 	database *dbtest.Database
 	pool     *db.DB
+	faults   faulty
 	stop     func()
 	encoded  atomic.Int64 // calls of Encode
 	services atomic.Int64 // calls of OnServices
@@ -47,8 +48,9 @@ func newFixture(t *testing.T, configure func(*Config)) *fixture {
 	t.Cleanup(f.pool.Close)
 	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
 	f.ctx = ctx
+	f.faults.DBTX = f.pool
 	config := Config{
-		Queries: db.New(f.pool),
+		Queries: db.New(&f.faults),
 		Listen:  f.pool.Listen,
 		Settle:  f.pool.Settle,
 		Encode: func(row *db.ChangesAfterRow) []byte {

@@ -55,8 +55,11 @@ type Config struct {
 	// when the database can be read again.
 	Settle func(context.Context) error
 	// Encode turns a change into the bytes that every stream sends. It is called once for each change
-	// in the ring, and once for each change that a stream behind the ring reads.
+	// in the ring, and once for each change that a stream behind the ring reads. Nil leaves the change out: of data that
+	// cannot be delivered.
 	Encode func(*db.ChangesAfterRow) []byte
+	// Guard runs a task until ctx ends or the task returns, and runs it again when it panics. Nil lets a panic pass.
+	Guard func(ctx context.Context, task string, run func(context.Context))
 	// OnServices is called when the set of registered services may have changed, from the listener's
 	// goroutine; it must not block. Nil is allowed.
 	OnServices func()
@@ -101,11 +104,13 @@ type Feed struct {
 
 // view is what cursors see: an immutable snapshot, replaced as a whole by the tailer.
 type view struct {
+	// generation changes when the tailer begins anew after a panic.
+	generation    int64
 	serverVersion int64 // 0 until the database has been read for the first time
 	options       *Options
 	start, head   int64 // the feed has read every change in (start, head]
 	all           *ring
-	types         map[string]*ring // of the types that have changed since start
+	types         map[string]*ring // of the types that have changed since start; that of "" is not the one of all types
 	bytes         int              // of all
 	err           error            // why the latest read of the database failed; nil if it succeeded
 	stopped       bool
@@ -121,11 +126,16 @@ type ring struct {
 	grown   chan struct{} // closed when there is one with further changes; nil if there was no change yet
 }
 
-// ring returns the ring of a type, or of all types for "".
+// ring returns the ring that is read by whoever follows a type, or all types ("").
 func (v *view) ring(recordType string) *ring {
 	if recordType == "" {
 		return v.all
 	}
+	return v.ringOfType(recordType)
+}
+
+// ringOfType returns the ring of the records of a type.
+func (v *view) ringOfType(recordType string) *ring {
 	if r, ok := v.types[recordType]; ok {
 		return r
 	}
@@ -137,6 +147,9 @@ func New(config Config) *Feed {
 	config.RingBytes = cmp.Or(config.RingBytes, 64<<20)
 	config.PollInterval = cmp.Or(config.PollInterval, 2*time.Second)
 	config.Logger = cmp.Or(config.Logger, slog.Default())
+	if config.Guard == nil {
+		config.Guard = func(ctx context.Context, _ string, run func(context.Context)) { run(ctx) }
+	}
 	f := &Feed{
 		config:  config,
 		logger:  config.Logger,
@@ -165,8 +178,18 @@ func New(config Config) *Feed {
 // cursors wait.
 func (f *Feed) Run(ctx context.Context) error {
 	var group errgroup.Group
-	group.Go(func() error { f.listener.run(ctx); return nil })
-	group.Go(func() error { f.tail(ctx); return nil })
+	group.Go(func() error { f.config.Guard(ctx, "listener", f.listener.run); return nil })
+	group.Go(func() error {
+		fresh := true
+		f.config.Guard(ctx, "change feed", func(ctx context.Context) {
+			if !fresh {
+				f.beginAnew()
+			}
+			fresh = false
+			f.tail(ctx)
+		})
+		return nil
+	})
 	err := group.Wait()
 	f.publish(func(v *view) { v.stopped = true })
 	return err
@@ -197,7 +220,7 @@ func (f *Feed) publish(change func(*view)) {
 	next := *old
 	next.replaced = make(chan struct{})
 	change(&next)
-	turned := next.serverVersion != old.serverVersion || next.options != old.options || next.stopped != old.stopped ||
+	turned := next.generation != old.generation || next.serverVersion != old.serverVersion || next.options != old.options || next.stopped != old.stopped ||
 		(next.err == nil) != (old.err == nil) || len(next.types) != len(old.types)
 	if turned {
 		next.turned = make(chan struct{})
@@ -216,6 +239,39 @@ func (f *Feed) publish(change func(*view)) {
 		}
 	}
 }
+
+// beginAnew replaces what is in memory, of which nothing can be relied on after a panic: streams read the table from where they
+// are, and the next read fills new rings. Whoever waits is woken, whether he has been already or not.
+func (f *Feed) beginAnew() {
+	old := f.view.Load()
+	next := &view{
+		generation: old.generation + 1, serverVersion: old.serverVersion, start: old.head, head: old.head, err: old.err, stopped: old.stopped,
+		all: &ring{base: old.head, grown: make(chan struct{})}, replaced: make(chan struct{}), turned: make(chan struct{}),
+	}
+	if old.options != nil {
+		next.options = &Options{version: unreadOptions, Types: old.options.Types}
+	}
+	f.view.Store(next)
+	closeOnce(old.replaced)
+	closeOnce(old.turned)
+	closeOnce(old.all.grown)
+	for _, r := range old.types {
+		closeOnce(r.grown)
+	}
+	f.Wake()
+}
+
+// closeOnce closes a channel unless that has been done, by the goroutine that calls or one that has ended.
+func closeOnce(c chan struct{}) {
+	select {
+	case <-c:
+	default:
+		close(c)
+	}
+}
+
+// unreadOptions is the version of options that are to be read again; those of the database are not negative.
+const unreadOptions = -1
 
 // Cursor is a reader's place in the feed. It is not safe for concurrent use.
 type Cursor struct {
@@ -440,17 +496,24 @@ func (c *Cursor) readTable(ctx context.Context) (changes []*Change, end bool, er
 		c.version = max(c.version, first.LatestVersion)
 		return nil, true, nil
 	}
-	changes = make([]*Change, len(rows))
+	changes = make([]*Change, 0, len(rows))
 	for i := range rows {
-		changes[i] = c.feed.newChange(&rows[i])
+		if change := c.feed.newChange(&rows[i]); change != nil {
+			changes = append(changes, change)
+		}
 	}
-	c.version = changes[len(changes)-1].Version
+	c.version = rows[len(rows)-1].Version
 	c.page = min(2*c.page, maxNextChanges)
 	return changes, false, nil
 }
 
+// newChange returns a change ready to send; nil if it cannot be delivered.
 func (f *Feed) newChange(row *db.ChangesAfterRow) *Change {
-	return &Change{Version: row.Version, Type: row.Type, Message: f.config.Encode(row)}
+	message := f.config.Encode(row)
+	if message == nil {
+		return nil
+	}
+	return &Change{Version: row.Version, Type: row.Type, Message: message}
 }
 
 func isReset(err error) bool {

@@ -177,7 +177,7 @@ func (f *Feed) append(options *Options, rows []db.ChangesAfterRow, followed foll
 		own := func(recordType string) *ring {
 			r := v.types[recordType]
 			if r == nil || r == known[recordType] {
-				copied := *v.ring(recordType)
+				copied := *v.ringOfType(recordType)
 				r = &copied
 				v.types[recordType] = r
 			}
@@ -194,6 +194,9 @@ func (f *Feed) append(options *Options, rows []db.ChangesAfterRow, followed foll
 				continue
 			}
 			change := f.newChange(row)
+			if change == nil {
+				continue
+			}
 			r.changes = append(r.changes, change)
 			v.all.changes = append(v.all.changes, change)
 			v.bytes += len(change.Message) + changeOverhead
