@@ -214,7 +214,8 @@ func (a *app) migrateGrantsCommand() *cobra.Command {
 	cmd := a.addMigrateFlags(&cobra.Command{
 		Use: "grants [--reader ROLE] [--writer ROLE] [--server ROLE]", Short: "Print the privileges that roles need, as SQL", Args: cobra.NoArgs,
 		Long: `Print the statements that give roles what they need, and take from them what they do not. They change nothing until they are
-run, may be run again, and should be after each upgrade. Roles that do not exist yet are created by them, without a password.
+run, may be run again, and should be after each upgrade. Roles that do not exist yet are created by them, without a password; whoever
+may not create roles is told what to have created.
 
 The reader sees the views, which show no tokens. The writer also revokes and writes records, without reading payloads. The
 server is what replicas connect as.`,
@@ -239,7 +240,7 @@ server is what replicas connect as.`,
 			defer conn.Close(ctx)
 			statements, err := db.New(conn).Grants(ctx, wanted)
 			if err != nil {
-				return err
+				return explainDatabase(err)
 			}
 			for _, statement := range statements {
 				if _, err := fmt.Fprintln(a.stdout, statement); err != nil {
