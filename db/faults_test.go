@@ -318,7 +318,10 @@ func TestFailover(t *testing.T) {
 	}
 	primary.Kill()
 	await(t, func(ctx context.Context) error {
-		if err := insert(ctx); !db.IsUnavailable(err) {
+		switch err := insert(ctx); {
+		case err == nil:
+			return errors.New("the session still lives")
+		case !db.IsUnavailable(err):
 			t.Fatalf("without a primary: got %v, want an error that is unavailable", err)
 		}
 		if !strings.Contains(log.String(), "cannot connect to postgres") {

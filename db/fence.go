@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -18,14 +19,8 @@ import (
 	"github.com/jackc/pgx/v5/pgtype"
 )
 
-const (
-	// surveyPatience is how long a process waits, once, for what the other hosts of its connection string
-	// say about who is the newest.
-	surveyPatience = 2 * time.Second
-
-	// refusalInterval is the least time between two log lines about the same refused server.
-	refusalInterval = time.Minute
-)
+// refusalInterval is the least time between two log lines about the same refused server.
+const refusalInterval = time.Minute
 
 // PastError says that a server was refused because it is behind what this process has seen: an old primary
 // that came back, the other half of a split brain, the original of a database that was moved.
@@ -50,20 +45,27 @@ type fence struct {
 	log      *slog.Logger
 	left     func()       // called when a newer server was found; must not wait for connections to close
 	refused  atomic.Int64 // connections
+	found    atomic.Int64 // newer servers, at hosts that were only asked
 	timeline atomic.Int64 // of the server in use; 0: hidden
 
-	mu        sync.Mutex // protects what follows
-	surveyed  bool
+	mu        sync.Mutex      // protects what follows
 	timelines map[int64]int64 // the newest by system; a hidden one is 0
 	epoch     epoch           // the newest
 	current   place           // the server in use
 	hidden    bool            // it was said that the timeline is
-	open      map[*fencedConn]place
+	open      map[*fencedConn]whereabouts
+	attempts  map[*attempt]bool
 	warned    map[string]time.Time // when a refusal was last logged, by its text
 }
 
 // place is one server at one time: after a promotion it is another place.
 type place struct{ system, timeline int64 }
+
+// whereabouts is where a connection leads, and the first version of the epoch that its server knew when it was opened.
+type whereabouts struct {
+	place
+	epoch int64
+}
 
 // epoch identifies an epoch; the zero value is the one before the first.
 type epoch struct{ firstVersion, system, timeline int64 }
@@ -71,20 +73,30 @@ type epoch struct{ firstVersion, system, timeline int64 }
 func newFence(log *slog.Logger, left func()) *fence {
 	return &fence{
 		log: log, left: left, timelines: make(map[int64]int64),
-		open: make(map[*fencedConn]place), warned: make(map[string]time.Time),
+		open: make(map[*fencedConn]whereabouts), attempts: make(map[*attempt]bool), warned: make(map[string]time.Time),
 	}
 }
 
 // guard makes every connection of a configuration pass the fence.
 func (f *fence) guard(cfg *pgx.ConnConfig) {
-	others := cfg.Copy()
-	dial, validate := cfg.DialFunc, cfg.ValidateConnect
-	cfg.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
-		conn, err := dial(ctx, network, address)
-		if err != nil {
-			return nil, err
+	dial, lookUp, validate := cfg.DialFunc, cfg.LookupFunc, cfg.ValidateConnect
+	names := make(map[string]string) // of hosts, by the address that is dialled
+	for _, way := range waysOf(cfg) {
+		names[address(way.Host, way.Port)] = address(way.Host, way.Port)
+	}
+	cfg.LookupFunc = func(ctx context.Context, name string) ([]string, error) {
+		found, err := lookUp(ctx, name)
+		for _, ip := range found {
+			for _, way := range waysOf(cfg) {
+				if way.Host == name {
+					names[address(ip, way.Port)] = address(name, way.Port)
+				}
+			}
 		}
-		return &fencedConn{Conn: conn, fence: f}, nil
+		return found, err
+	}
+	cfg.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
+		return f.dial(ctx, network, address, names[address], dial)
 	}
 	cfg.ValidateConnect = func(ctx context.Context, conn *pgconn.PgConn) error {
 		// A server that is of no use is not even asked.
@@ -93,7 +105,6 @@ func (f *fence) guard(cfg *pgx.ConnConfig) {
 				return err
 			}
 		}
-		f.survey(ctx, others)
 		return f.check(ctx, conn)
 	}
 }
@@ -162,8 +173,9 @@ func (f *fence) admit(conn *fencedConn, asked epoch, server LineageGetRow) (admi
 			"and an old primary that comes back only by epochs; see docs/recovery.md")
 	}
 	f.learn(server)
+	delete(f.attempts, conn.attempt)
 	if !conn.closed {
-		f.open[conn] = at
+		f.open[conn] = whereabouts{at, server.Epoch}
 	}
 	if server.ReadOnly { // a standby: others may be in use beside it
 		return true, nil
@@ -175,9 +187,8 @@ func (f *fence) admit(conn *fencedConn, asked epoch, server LineageGetRow) (admi
 		f.log.Warn("postgres is another server now", "system", systemName(at.system), "timeline", at.timeline,
 			"system_before", systemName(before.system), "timeline_before", before.timeline)
 		for c, where := range f.open {
-			if where != at && where.timeline != 0 { // standbys and hidden ones may be the same server
-				_ = c.Conn.Close() // nobody reads or writes on it again, which is all that is wanted
-				delete(f.open, c)
+			if where.place != at && where.timeline != 0 { // standbys and hidden ones may be the same server
+				f.cut(c)
 			}
 		}
 		f.left()
@@ -213,76 +224,199 @@ func (f *fence) refuse(conn *fencedConn, reason string) error {
 	return err
 }
 
-// survey asks all hosts of a connection string once, before the first connection, which of them is the
-// newest: a process that has just started has seen nothing yet. Hosts that do not answer in time are none
-// that it could go to now.
-func (f *fence) survey(ctx context.Context, cfg *pgx.ConnConfig) {
+// survey hears what all hosts have said at the start, when nothing has been seen yet, and takes the newest of them for seen:
+// of each system the latest timeline, and among those the newest epoch. Hosts that have said nothing are none that this process
+// could go to now.
+func (f *fence) survey(said []LineageGetRow) {
 	f.mu.Lock()
-	defer f.mu.Unlock() // others wait for the result
-	if f.surveyed {
-		return
+	defer f.mu.Unlock()
+	for _, server := range said {
+		seen, known := f.timelines[server.SystemIdentifier]
+		if !known || server.Timeline > seen {
+			f.timelines[server.SystemIdentifier] = server.Timeline
+		}
 	}
-	f.surveyed = true
-	if len(hosts(cfg)) < 2 {
-		return
+	for _, server := range said {
+		behind := server.Timeline != 0 && server.Timeline < f.timelines[server.SystemIdentifier]
+		if !behind && server.Epoch > f.epoch.firstVersion {
+			f.epoch = epoch{server.Epoch, server.EpochSystem, server.EpochTimeline}
+		}
 	}
-	ctx, cancel := context.WithTimeout(ctx, surveyPatience)
+}
+
+// hear compares what a host has said that was only asked with what is known. If it is newer than the server in use, that is
+// left: connections to it are closed, in use or not, and new ones find the newer one. A system never seen before is not newer for that:
+// it may be a dump that is being restored, and begins an epoch when it is used. hear reports whether the host is in the past.
+func (f *fence) hear(h *host, asked epoch, server LineageGetRow) (past bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	at := place{server.SystemIdentifier, server.Timeline}
+	remote := h.conn.Conn().RemoteAddr().String()
+	seen, known := f.timelines[at.system]
+	if known && at.timeline != 0 && at.timeline < seen {
+		f.leavePast(h, at, remote)
+		return true
+	}
+	promoted := known && at.system == f.current.system && at.timeline > seen
+	if !promoted && server.Epoch <= f.epoch.firstVersion {
+		past = known && asked == f.epoch && !server.KnowsEpoch
+		if past {
+			f.leavePast(h, at, remote)
+		}
+		return past
+	}
+	f.learn(server)
+	left := 0
+	for c, where := range f.open {
+		if where.leftFor(at, server.Epoch, c.remote == remote) {
+			f.cut(c)
+			left++
+		}
+	}
+	if left == 0 {
+		return false // its epoch has begun a moment ago, by a connection of this process or another one
+	}
+	f.found.Add(1)
+	f.log.Warn("another host of the connection string is newer: leaving the server in use", "host", h.address,
+		"system", systemName(at.system), "timeline", at.timeline, "epoch", server.Epoch, "connections_closed", left)
+	f.left()
+	return false
+}
+
+// leavePast closes the connections to a host that is in the past: those that lead to the same server, and for a pooler, which changes
+// the server behind them without an error, all. f.mu is held.
+func (f *fence) leavePast(h *host, at place, remote string) {
+	pooler := h.source.cfg.NoSessionSettings
+	left := 0
+	for c, where := range f.open {
+		if c.remote == remote && (pooler || where.place == at && where.epoch < f.epoch.firstVersion) {
+			f.cut(c)
+			left++
+		}
+	}
+	if left > 0 {
+		f.log.Warn("a host leads to a server that was left for a newer one", "host", h.address, "connections_closed", left)
+		f.left()
+	}
+}
+
+// cut closes a connection, whoever uses it. f.mu is held.
+func (f *fence) cut(c *fencedConn) {
+	_ = c.Conn.Close() // nobody reads or writes on it again, which is all that is wanted
+	delete(f.open, c)
+}
+
+// leftFor reports whether a connection leads to a server that is to be left for one at another place, or with a later epoch.
+// What was hidden when the connection opened, and two servers that were promoted to the same timeline, only the epoch tells apart.
+func (w whereabouts) leftFor(at place, epoch int64, sameAddress bool) bool {
+	switch {
+	case w.system != at.system:
+		return true
+	case w.timeline != at.timeline && w.timeline != 0 && at.timeline != 0:
+		return w.timeline < at.timeline
+	default:
+		return w.epoch < epoch && !sameAddress
+	}
+}
+
+// abandon gives up the attempts to connect to hosts, which do not answer.
+func (f *fence) abandon(hosts []string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for a := range f.attempts {
+		if slices.Contains(hosts, a.host) {
+			a.abandoned = true
+			a.cancel()
+			if a.conn != nil {
+				_ = a.conn.Conn.Close() // whoever waits for its answer goes on to the next host
+			}
+		}
+	}
+}
+
+// cutUnanswered closes the connections that were opened before a time and have been waiting for an answer since before it,
+// because those that are opened now work. It returns how many there were.
+func (f *fence) cutUnanswered(since time.Time) (n int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for c := range f.open {
+		if asked := c.asked.Load(); asked != 0 && asked < since.UnixNano() {
+			f.cut(c)
+			n++
+		}
+	}
+	return n
+}
+
+// attempt is a connection that is being opened.
+type attempt struct {
+	host   string
+	cancel context.CancelFunc
+
+	abandoned bool // these are protected by fence.mu
+	conn      *fencedConn
+}
+
+// errAbandoned is why an attempt to connect to a host ends early.
+var errAbandoned = errors.New("the host does not answer, and another one does")
+
+// dial opens the network connection of an attempt, which can be given up until the server has been admitted.
+func (f *fence) dial(ctx context.Context, network, address, host string, dial pgconn.DialFunc) (net.Conn, error) {
+	a := &attempt{host: host}
+	dialling, cancel := context.WithCancel(ctx)
 	defer cancel()
-	all := oneEach(cfg)
-	answers := make(chan *LineageGetRow)
-	for _, one := range all {
-		go func() { answers <- ask(ctx, one) }()
+	a.cancel = cancel
+	f.mu.Lock()
+	f.attempts[a] = true
+	f.mu.Unlock()
+	conn, err := dial(dialling, network, address)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if a.abandoned && err == nil {
+		_ = conn.Close() // nothing was sent
 	}
-	for range all {
-		if server := <-answers; server != nil {
-			if server.Epoch > f.epoch.firstVersion {
-				f.epoch = epoch{server.Epoch, server.EpochSystem, server.EpochTimeline}
-			}
-			if seen, ok := f.timelines[server.SystemIdentifier]; !ok || server.Timeline > seen {
-				f.timelines[server.SystemIdentifier] = server.Timeline
-			}
-		}
+	switch {
+	case a.abandoned:
+		err = errAbandoned
+		fallthrough
+	case err != nil:
+		delete(f.attempts, a)
+		return nil, err
 	}
-}
-
-// oneEach splits a configuration into one for each way to each host, which takes any server.
-func oneEach(cfg *pgx.ConnConfig) []*pgx.ConnConfig {
-	ways := append([]*pgconn.FallbackConfig{{Host: cfg.Host, Port: cfg.Port, TLSConfig: cfg.TLSConfig}}, cfg.Fallbacks...)
-	var all []*pgx.ConnConfig
-	byHost := make(map[string]*pgx.ConnConfig)
-	for _, way := range ways {
-		a := address(way.Host, way.Port)
-		if one := byHost[a]; one != nil {
-			one.Fallbacks = append(one.Fallbacks, way)
-			continue
-		}
-		one := cfg.Copy()
-		one.Host, one.Port, one.TLSConfig, one.Fallbacks, one.ValidateConnect = way.Host, way.Port, way.TLSConfig, nil, nil
-		byHost[a] = one
-		all = append(all, one)
-	}
-	return all
-}
-
-// ask returns where one host stands, nil if it does not say.
-func ask(ctx context.Context, cfg *pgx.ConnConfig) *LineageGetRow {
-	conn, err := pgconn.ConnectConfig(ctx, &cfg.Config)
-	if err != nil {
-		return nil
-	}
-	defer func() { _ = conn.Close(context.WithoutCancel(ctx)) }() // it was only asked
-	server, err := New(bareConn{conn}).LineageGet(ctx, LineageGetParams{})
-	if err != nil {
-		return nil
-	}
-	return &server
+	a.conn = &fencedConn{Conn: conn, fence: f, attempt: a, remote: conn.RemoteAddr().String()}
+	return a.conn, nil
 }
 
 // fencedConn is the network connection of one to a server. It leaves the fence when it is closed.
 type fencedConn struct {
 	net.Conn
-	fence  *fence
-	closed bool // protected by fence.mu
+	fence   *fence
+	remote  string
+	attempt *attempt
+	asked   atomic.Int64 // since when an answer is waited for, in nanoseconds since 1970; 0: for none
+	heard   atomic.Int64 // when something was read last, in the same unit
+	closed  bool         // protected by fence.mu
+}
+
+// Write implements net.Conn.
+func (c *fencedConn) Write(b []byte) (int, error) {
+	c.asked.Store(time.Now().UnixNano())
+	return c.Conn.Write(b)
+}
+
+// Read implements net.Conn.
+func (c *fencedConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if n > 0 {
+		c.asked.Store(0)
+		c.heard.Store(time.Now().UnixNano())
+	}
+	return n, err
+}
+
+// idle returns for how long nothing was heard on the connection.
+func (c *fencedConn) idle() time.Duration {
+	return time.Duration(time.Now().UnixNano() - c.heard.Load())
 }
 
 // Close implements net.Conn.
@@ -290,6 +424,7 @@ func (c *fencedConn) Close() error {
 	c.fence.mu.Lock()
 	c.closed = true
 	delete(c.fence.open, c)
+	delete(c.fence.attempts, c.attempt)
 	c.fence.mu.Unlock()
 	return c.Conn.Close()
 }

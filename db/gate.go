@@ -33,15 +33,26 @@ type gate struct {
 
 	mu        sync.Mutex // protects what follows
 	backoff   *backoff.ExponentialBackOff
-	notBefore time.Time // no dial before this time
-	failed    error     // of the last attempt; nil: it succeeded
+	notBefore time.Time     // no dial before this time
+	opened    chan struct{} // closed by open
+	failed    error         // of the last attempt; nil: it succeeded
 }
 
 func newGate(log *slog.Logger) *gate {
 	b := backoff.NewExponentialBackOff()
 	b.InitialInterval, b.MaxInterval = dialBackoffMin, dialBackoffMax
 	b.Reset()
-	return &gate{slots: make(chan struct{}, dialLimit), log: log, backoff: b}
+	return &gate{slots: make(chan struct{}, dialLimit), log: log, backoff: b, opened: make(chan struct{})}
+}
+
+// open lets dials through without delay: a server is there.
+func (g *gate) open() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.backoff.Reset()
+	g.notBefore = time.Time{}
+	close(g.opened)
+	g.opened = make(chan struct{})
 }
 
 // enter waits until a connection may be dialled. If it returns nil, leave must
@@ -53,7 +64,7 @@ func (g *gate) enter(ctx context.Context) error {
 		return ctx.Err()
 	}
 	g.mu.Lock()
-	wait, failed := time.Until(g.notBefore), g.failed
+	wait, failed, opened := time.Until(g.notBefore), g.failed, g.opened
 	g.mu.Unlock()
 	switch {
 	case wait <= 0:
@@ -66,6 +77,8 @@ func (g *gate) enter(ctx context.Context) error {
 	defer timer.Stop()
 	select {
 	case <-timer.C:
+		return nil
+	case <-opened:
 		return nil
 	case <-ctx.Done():
 		<-g.slots

@@ -4,6 +4,7 @@
 package db
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -93,7 +94,18 @@ const (
 
 	// defaultPingTimeout is for the ping of a connection that has been idle:
 	// one that leads nowhere is not waited for.
-	defaultPingTimeout = 3 * time.Second
+	defaultPingTimeout = time.Second
+
+	// pingAfter is how long a connection is idle before it is pinged.
+	pingAfter = time.Second
+
+	// answerPatience is how long a new connection may take that is to tell
+	// whether those that do not answer are to blame.
+	answerPatience = 2 * time.Second
+
+	// unansweredTime is how long a statement has gone without an answer, at
+	// least, when its connection is closed because new ones work.
+	unansweredTime = time.Second
 
 	// resetInterval is the least time between two resets of the pool, should
 	// even new connections turn out to be of no use.
@@ -112,6 +124,12 @@ type DB struct {
 	main     *source
 	listener *source // the same as main, or another
 	fence    *fence
+	lookout  *lookout
+
+	closing context.Context // ends with the DB
+	close   context.CancelFunc
+	proving atomic.Bool // a doubt is being looked into
+	proofs  sync.WaitGroup
 
 	generation atomic.Int64 // counts resets; a connection knows its own
 	mu         sync.Mutex   // protects lastReset
@@ -150,7 +168,11 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 	if pool.MinConns > pool.MaxConns {
 		return nil, fmt.Errorf("db: minimum of connections: got %d, allowed 0 to the maximum of connections, %d", pool.MinConns, pool.MaxConns)
 	}
+	d.lookout = newLookout(d.fence, d.log, d.main, d.listener)
+	d.closing, d.close = context.WithCancel(context.Background())
 	pool.BeforeConnect = d.beforeConnect
+	pool.ShouldPing = func(context.Context, pgxpool.ShouldPingParams) bool { return false } // prepareConn does
+	pool.PrepareConn = d.prepareConn(cmp.Or(pool.PingTimeout, defaultPingTimeout))
 	if d.Pool, err = pgxpool.NewWithConfig(ctx, pool); err != nil {
 		return nil, fmt.Errorf("db: open the pool: %w", err) // pgx parses nothing here
 	}
@@ -159,10 +181,14 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 
 // beforeConnect prepares the dialling of one connection of the pool.
 func (d *DB) beforeConnect(ctx context.Context, cfg *pgx.ConnConfig) error {
+	if err := d.lookout.ready(ctx); err != nil {
+		return err
+	}
 	if err := d.main.gate.enter(ctx); err != nil {
 		return err
 	}
 	*cfg = *d.main.current()
+	d.lookout.arrange(cfg)
 	d.fence.guard(cfg)
 	cfg.Tracer = &connTracer{db: d, generation: d.generation.Load(), answerTime: answerTime(cfg)}
 	return nil
@@ -171,6 +197,9 @@ func (d *DB) beforeConnect(ctx context.Context, cfg *pgx.ConnConfig) error {
 // Listen opens a connection for LISTEN, which is not one of the pool. The
 // caller closes it.
 func (d *DB) Listen(ctx context.Context) (*pgx.Conn, error) {
+	if err := d.lookout.ready(ctx); err != nil {
+		return nil, err
+	}
 	if err := d.listener.gate.enter(ctx); err != nil {
 		return nil, err
 	}
@@ -178,9 +207,13 @@ func (d *DB) Listen(ctx context.Context) (*pgx.Conn, error) {
 	if !d.listener.named {
 		cfg.RuntimeParams["application_name"] += "-listener"
 	}
+	d.lookout.arrange(cfg)
 	d.fence.guard(cfg)
 	conn, err := pgx.ConnectConfig(ctx, cfg)
 	d.listener.gate.leave(err)
+	if err != nil {
+		d.lookout.nudge()
+	}
 	return conn, err
 }
 
@@ -199,6 +232,14 @@ func (d *DB) Refused() int64 { return d.fence.refused.Load() }
 // Timeline returns the timeline of the server in use, 0 if that is not known.
 func (d *DB) Timeline() int64 { return d.fence.timeline.Load() }
 
+// NewerFound returns how often a host of the connection strings that was only
+// asked turned out to be newer than the server in use, which was left then.
+func (d *DB) NewerFound() int64 { return d.fence.found.Load() }
+
+// Hosts returns how the hosts of the connection strings stand. One that is
+// named alone is not asked.
+func (d *DB) Hosts() Hosts { return d.lookout.count() }
+
 // Settle makes sure that the server that connections lead to now is not behind
 // one that has been seen, and that its epoch has begun. Each new connection is
 // checked by itself; behind a pooler the server can change without one.
@@ -212,7 +253,66 @@ func (d *DB) Settle(ctx context.Context) error {
 }
 
 // Close closes all connections of the pool, when those in use are released.
-func (d *DB) Close() { d.Pool.Close() }
+func (d *DB) Close() {
+	d.close()
+	d.Pool.Close()
+	d.proofs.Wait()
+	d.lookout.close()
+}
+
+// Doubt is told that a connection, of the pool or that of Listen, does not
+// answer although nothing is asked of it that takes time: packets get lost, or
+// the server stands still. Those of the pool that are idle are given up at
+// once. If a new connection works, so are those that have been waiting for an
+// answer since before.
+func (d *DB) Doubt(reason error) {
+	d.stale(d.generation.Load(), reason)
+	if d.closing.Err() != nil || d.proving.Swap(true) {
+		return
+	}
+	d.proofs.Go(func() {
+		defer d.proving.Store(false)
+		ctx, cancel := context.WithTimeout(d.closing, answerPatience)
+		defer cancel()
+		since := time.Now()
+		cfg := d.main.current()
+		d.lookout.arrange(cfg)
+		d.fence.guard(cfg)
+		conn, err := pgx.ConnectConfig(ctx, cfg)
+		if err != nil {
+			return // nothing works, so that there is nothing to make room for
+		}
+		_ = conn.Close(ctx) // it was only tried
+		select {
+		case <-time.After(time.Until(since.Add(unansweredTime))):
+		case <-d.closing.Done():
+		}
+		if n := d.fence.cutUnanswered(since); n > 0 {
+			d.log.Warn("closed connections to postgres that do not answer, while new ones do", "connections", n)
+		}
+	})
+}
+
+// errSilent is why a connection is given up that was idle.
+var errSilent = errors.New("an idle connection does not answer")
+
+// prepareConn makes sure that a connection which has been idle still leads
+// somewhere.
+func (d *DB) prepareConn(timeout time.Duration) func(context.Context, *pgx.Conn) (bool, error) {
+	return func(ctx context.Context, conn *pgx.Conn) (bool, error) {
+		if fencedConnOf(conn.PgConn()).idle() < pingAfter {
+			return true, nil
+		}
+		// Whoever loses patience meanwhile does not break the connection.
+		pinging, cancel := context.WithTimeout(context.WithoutCancel(ctx), timeout)
+		defer cancel()
+		err := conn.Ping(pinging)
+		if err != nil && pinging.Err() != nil {
+			d.Doubt(errSilent)
+		}
+		return err == nil, nil
+	}
+}
 
 // stale is told that a connection of a generation has met an error that says
 // that it, and probably its contemporaries, are of no use any more. Then all of
@@ -230,6 +330,7 @@ func (d *DB) stale(generation int64, reason error) {
 	d.generation.Add(1)
 	d.Pool.Reset()
 	d.log.Warn("gave up all connections to postgres", "reason", reason)
+	d.lookout.nudge()
 }
 
 // leave is told that a newer server than the one in use was found: whatever
@@ -351,4 +452,7 @@ func (t *connTracer) TraceConnectStart(ctx context.Context, _ pgx.TraceConnectSt
 // began.
 func (t *connTracer) TraceConnectEnd(_ context.Context, data pgx.TraceConnectEndData) {
 	t.db.main.gate.leave(data.Err)
+	if data.Err != nil {
+		t.db.lookout.nudge()
+	}
 }
