@@ -262,22 +262,22 @@ func TestReadOnly(t *testing.T) {
 	direct, _ := open(t, db.Config{ConnString: old.ConnString()})
 	for name, write := range map[string]func(context.Context, *db.DB) error{
 		"statement": func(ctx context.Context, d *db.DB) error {
-			_, err := d.Exec(ctx, "INSERT INTO t VALUES (1)")
+			_, err := d.Exec(ctx, "INSERT INTO public.t VALUES (1)")
 			return err
 		},
 		"transaction": func(ctx context.Context, d *db.DB) error {
 			return pgx.BeginFunc(ctx, d, func(tx pgx.Tx) error {
-				_, err := tx.Exec(ctx, "INSERT INTO t VALUES (1)")
+				_, err := tx.Exec(ctx, "INSERT INTO public.t VALUES (1)")
 				return err
 			})
 		},
 		"batch": func(ctx context.Context, d *db.DB) error {
 			b := new(pgx.Batch)
-			b.Queue("INSERT INTO t VALUES (1)")
+			b.Queue("INSERT INTO public.t VALUES (1)")
 			return d.SendBatch(ctx, b).Close()
 		},
 		"copy": func(ctx context.Context, d *db.DB) error {
-			_, err := d.CopyFrom(ctx, pgx.Identifier{"t"}, []string{"x"}, pgx.CopyFromRows([][]any{{1}}))
+			_, err := d.CopyFrom(ctx, pgx.Identifier{"public", "t"}, []string{"x"}, pgx.CopyFromRows([][]any{{1}}))
 			return err
 		},
 	} {
@@ -310,7 +310,7 @@ func TestFailover(t *testing.T) {
 	standby.CatchUp(primary)
 	d, log := open(t, db.Config{ConnString: dbtest.ConnString(primary.Addr(), standby.Addr())})
 	insert := func(ctx context.Context) error {
-		_, err := d.Exec(ctx, "INSERT INTO t VALUES (1)")
+		_, err := d.Exec(ctx, "INSERT INTO public.t VALUES (1)")
 		return err
 	}
 	if err := insert(t.Context()); err != nil {

@@ -21,7 +21,8 @@ import (
 )
 
 // Config says how to reach Postgres. Whatever a connection string itself sets,
-// be it about the session or the pool, has precedence over the fields here.
+// be it about the session or the pool, has precedence over the fields here;
+// but not over what statements rely on to mean what they mean (see Settings).
 type Config struct {
 	// ConnString is a connection string as libpq has it, a URI or keywords and
 	// values, with the pool settings of pgxpool (pool_max_conns and others).
@@ -67,10 +68,10 @@ type Config struct {
 	// "pgbroker". The connection of Listen has "-listener" appended.
 	ApplicationName string
 
-	// NoSessionSettings keeps the settings above, but for ApplicationName, to
-	// itself: they are sent when a connection opens, and some poolers refuse
-	// that (pgbouncer does, unless ignore_startup_parameters names them). Set
-	// them with ALTER ROLE instead.
+	// NoSessionSettings keeps the settings above, but for ApplicationName, and
+	// those of Settings, to itself: they are sent when a connection opens, and
+	// some poolers refuse that (pgbouncer does, unless
+	// ignore_startup_parameters names them). Set them with ALTER ROLE instead.
 	NoSessionSettings bool
 
 	// Logger is told when the server is lost and when it is back, and about

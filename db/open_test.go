@@ -282,7 +282,7 @@ func TestSeveralHosts(t *testing.T) {
 		if got := of(d); got != "primary" {
 			t.Errorf("led to the %s", got)
 		}
-		if _, err := d.Exec(t.Context(), "CREATE TABLE written ()"); err != nil {
+		if _, err := d.Exec(t.Context(), "CREATE TABLE public.written ()"); err != nil {
 			t.Error(err)
 		}
 		conn, err := d.Listen(t.Context())

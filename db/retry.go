@@ -56,8 +56,9 @@ func IsRetryable(err error) bool {
 // The end of the caller's own context is not such an error.
 func IsUnavailable(err error) bool {
 	var connectErr *pgconn.ConnectError
+	var unfit *UnfitError
 	switch {
-	case err == nil:
+	case err == nil, errors.As(err, &unfit): // the way is free, and leads to something of no use
 		return false
 	case errors.As(err, &connectErr):
 		// Whatever the server said: this program has no connection. (A

@@ -2,14 +2,13 @@ package db
 
 import (
 	"cmp"
+	"context"
 	"fmt"
 	"log/slog"
 	"os"
 	"regexp"
-	"strconv"
 	"strings"
 	"sync"
-	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -55,6 +54,10 @@ func newSource(name, text, file string, cfg Config, log *slog.Logger) (*source, 
 	case parsed.attrs == "read-only", parsed.attrs == "standby", parsed.attrs == "prefer-standby":
 		log.Warn("target_session_attrs leads to servers that take no writes", "source", name, "target_session_attrs", parsed.attrs)
 	}
+	if len(parsed.overruled) > 0 {
+		log.Warn("the connection string has settings that pgbroker's statements need otherwise; its own are used",
+			"source", name, "settings", parsed.overruled)
+	}
 	return s, nil
 }
 
@@ -80,6 +83,8 @@ type parsed struct {
 	pool  *pgxpool.Config
 	attrs string // target_session_attrs as given; empty: not given
 	named bool   // application_name was given
+
+	overruled []string // settings that were given and are not used
 }
 
 // attrsPattern finds target_session_attrs: pgx does not tell "any" from
@@ -118,7 +123,7 @@ func (s *source) parse() (p parsed, err error) {
 	}
 	_, p.named = given.RuntimeParams["application_name"]
 	s.setPoolDefaults(p.pool, given.RuntimeParams)
-	s.setSessionDefaults(cfg)
+	p.overruled = s.setSessionDefaults(cfg)
 	return p, nil
 }
 
@@ -141,40 +146,19 @@ func (s *source) setPoolDefaults(pool *pgxpool.Config, given map[string]string) 
 	}
 }
 
-func (s *source) setSessionDefaults(cfg *pgx.ConnConfig) {
+// setSessionDefaults gives connections what sessions of ours have. It returns what the connection string would have otherwise.
+func (s *source) setSessionDefaults(cfg *pgx.ConnConfig) (overruled []string) {
 	if cfg.ConnectTimeout == 0 {
 		cfg.ConnectTimeout = defaultConnectTimeout
 	}
-	set := func(name, value string) {
-		if _, ok := cfg.RuntimeParams[name]; !ok && !strings.Contains(cfg.RuntimeParams["options"], name) {
-			cfg.RuntimeParams[name] = value
-		}
+	if _, ok := cfg.RuntimeParams["application_name"]; !ok && !strings.Contains(cfg.RuntimeParams["options"], "application_name") {
+		cfg.RuntimeParams["application_name"] = cmp.Or(s.cfg.ApplicationName, defaultApplicationName)
 	}
-	set("application_name", cmp.Or(s.cfg.ApplicationName, defaultApplicationName))
+	cfg.AfterConnect = func(ctx context.Context, conn *pgconn.PgConn) error { return settle(ctx, conn, s.cfg) }
 	if s.cfg.NoSessionSettings {
-		return
+		return nil
 	}
-	// The statements are the same all day: planning each once is enough, compiling one (JIT) takes longer than any of them.
-	set("jit", "off")
-	set("plan_cache_mode", "force_generic_plan")
-	// Planned perhaps while a table is empty, they are to find their rows by key when it has grown, too.
-	set("enable_seqscan", "off")
-	set("enable_hashjoin", "off")
-	set("enable_mergejoin", "off")
-	// Nor are they worth a parallel plan, which starts processes; those that scan ask for one.
-	set("max_parallel_workers_per_gather", "0")
-	timeout := func(name string, value, standard time.Duration) {
-		if value == 0 {
-			value = standard
-		}
-		if value > 0 {
-			set(name, strconv.FormatInt(max(1, value.Milliseconds()), 10)) // 0 would switch it off
-		}
-	}
-	timeout("statement_timeout", s.cfg.StatementTimeout, defaultStatementTimeout)
-	timeout("lock_timeout", s.cfg.LockTimeout, defaultLockTimeout)
-	timeout("idle_in_transaction_session_timeout", s.cfg.IdleInTransactionTimeout, defaultIdleInTransactionTimeout)
-	set("jit", "off") // compiling costs more than our short queries take
+	return apply(cfg.RuntimeParams, Settings(s.cfg))
 }
 
 // hosts returns the different addresses of a configuration; with sslmode

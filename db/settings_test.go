@@ -1,0 +1,107 @@
+package db_test
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+
+	"pgbroker/db"
+	"pgbroker/db/dbtest"
+)
+
+// contrary has for every setting of ours another value than ours, which a role, a database or a server may have.
+var contrary = map[string]string{
+	"client_encoding": "LATIN1", "standard_conforming_strings": "off", "array_nulls": "off", "bytea_output": "escape",
+	"DateStyle": "SQL, DMY", "IntervalStyle": "sql_standard", "TimeZone": "Asia/Kathmandu", "extra_float_digits": "-15",
+	"default_transaction_isolation": "serializable", "row_security": "on", "search_path": "public", "gin_fuzzy_search_limit": "1",
+	"exit_on_error": "on", "plpgsql.extra_errors": "all", "default_table_access_method": "columnar",
+	"jit": "on", "plan_cache_mode": "force_custom_plan", "enable_seqscan": "on", "enable_hashjoin": "on", "enable_mergejoin": "on",
+	"enable_nestloop": "off", "enable_indexscan": "off", "enable_indexonlyscan": "off", "enable_bitmapscan": "off",
+	"max_parallel_workers_per_gather": "8", "idle_session_timeout": "1h",
+	"statement_timeout": "7min", "lock_timeout": "7min", "idle_in_transaction_session_timeout": "7min",
+}
+
+// Every kind of connection has our settings, whatever role and database say, and whatever of it the connection string says.
+func TestSessionsHaveOurSettings(t *testing.T) {
+	t.Parallel()
+	p := dbtest.NewEmpty(t)
+	role := "settings_" + strings.ToLower(t.Name()) + fmt.Sprint(p.Connect(t).PgConn().PID())
+	p.Exec(t, "CREATE ROLE "+role+" LOGIN SUPERUSER PASSWORD 'settings'")
+	t.Cleanup(func() { p.Exec(t, "DROP ROLE "+role) })
+	database := p.Config(t).Database
+	p.Exec(t, "CREATE ACCESS METHOD columnar TYPE TABLE HANDLER heap_tableam_handler")
+	for i, s := range db.Settings(db.Config{}) {
+		value, ok := contrary[s.Name]
+		if !ok {
+			t.Fatalf("no other value of %s is known here", s.Name)
+		}
+		where := "ROLE " + role
+		if i%2 == 0 {
+			where = "DATABASE " + pgx.Identifier{database}.Sanitize()
+		}
+		p.Exec(t, fmt.Sprintf("ALTER %s SET %s = '%s'", where, s.Name, value))
+	}
+
+	cfg := p.Config(t)
+	text := fmt.Sprintf("host=%s port=%d user=%s password=settings dbname=%s", cfg.Host, cfg.Port, role, database)
+	for name, connString := range map[string]string{
+		"nothing":    text,
+		"parameters": text + " datestyle='Postgres, DMY' client_encoding=SQL_ASCII default_transaction_isolation=serializable",
+		"options":    text + " options='-c standard_conforming_strings=off -c search_path=public'",
+	} {
+		t.Run(name, func(t *testing.T) {
+			d, log := open(t, db.Config{ConnString: connString})
+			for kind, connect := range map[string]func() (*pgx.Conn, error){
+				"pool": func() (*pgx.Conn, error) {
+					conn, err := d.Acquire(t.Context())
+					if err != nil {
+						return nil, err
+					}
+					return conn.Hijack(), nil
+				},
+				"listener": func() (*pgx.Conn, error) { return d.Listen(t.Context()) },
+				"direct":   func() (*pgx.Conn, error) { return pgx.ConnectConfig(t.Context(), d.ConnConfig()) },
+			} {
+				conn, err := connect()
+				if err != nil {
+					t.Fatalf("%s: %v", kind, err)
+				}
+				defer conn.Close(t.Context())
+				for _, s := range db.Settings(db.Config{}) {
+					var same bool
+					err := conn.QueryRow(t.Context(), `SELECT (s.setting = $2 OR s.setting ILIKE $2) AND s.source = 'client'
+						FROM pg_settings s WHERE s.name = $1`, s.Name, s.Value).Scan(&same)
+					if errors.Is(err, pgx.ErrNoRows) { // it belongs to a library that is not loaded
+						err = conn.QueryRow(t.Context(), "SELECT current_setting($1) = $2", s.Name, s.Value).Scan(&same)
+					}
+					if err != nil || !same {
+						t.Errorf("%s: %s is not %q (%v)", kind, s.Name, s.Value, err)
+					}
+				}
+			}
+			if warned := strings.Contains(log.String(), "its own are used"); warned != (name != "nothing") {
+				t.Errorf("warned: %v: %s", warned, log)
+			}
+		})
+	}
+}
+
+// A session in which no trigger fires is refused, on every kind of connection, and that is not taken for an outage.
+func TestSessionsWithoutTriggersAreRefused(t *testing.T) {
+	t.Parallel()
+	p := dbtest.NewEmpty(t)
+	p.Exec(t, fmt.Sprintf("ALTER DATABASE %s SET session_replication_role = replica", pgx.Identifier{p.Config(t).Database}.Sanitize()))
+	d, _ := open(t, db.Config{ConnString: p.ConnString})
+	_, pooled := d.Exec(t.Context(), "SELECT 1")
+	_, listener := d.Listen(t.Context())
+	_, direct := pgx.ConnectConfig(t.Context(), d.ConnConfig())
+	for kind, err := range map[string]error{"pool": pooled, "listener": listener, "direct": direct} {
+		var unfit *db.UnfitError
+		if !errors.As(err, &unfit) || db.IsUnavailable(err) || !strings.Contains(unfit.Error(), "RESET session_replication_role") {
+			t.Errorf("%s: %v", kind, err)
+		}
+	}
+}
