@@ -570,25 +570,18 @@ type clock struct {
 	database *dbtest.Database
 }
 
-// newClock gives a database a clock of its own. Connections that are open already keep the old one.
+// newClock gives a database a clock of its own, in the place of PostgreSQL's: search paths are fixed, so that nobody can put one
+// before it. Connections that are open already keep the old one.
 func newClock(t *testing.T, database *dbtest.Database) *clock {
 	t.Helper()
 	database.Exec(t, `CREATE SCHEMA test_clock;
 		CREATE TABLE test_clock.ahead (by interval NOT NULL);
 		INSERT INTO test_clock.ahead VALUES ('0');
-		CREATE FUNCTION test_clock.clock_timestamp() RETURNS timestamptz LANGUAGE sql
-			AS 'SELECT pg_catalog.clock_timestamp() + by FROM test_clock.ahead';
-		-- Those that look nowhere else are told.
-		DO $$
-		DECLARE f regprocedure;
-		BEGIN
-			FOR f IN SELECT oid FROM pg_proc
-				WHERE pronamespace = 'pgbroker'::regnamespace AND proconfig @> '{"search_path=pg_catalog, pg_temp"}'
-			LOOP
-				EXECUTE format('ALTER FUNCTION %s SET search_path = test_clock, pg_catalog, pg_temp', f);
-			END LOOP;
-		END $$`)
-	setting(t, database, "search_path", "test_clock, pg_catalog, public")
+		GRANT USAGE ON SCHEMA test_clock TO PUBLIC;
+		GRANT SELECT ON test_clock.ahead TO PUBLIC;
+		ALTER FUNCTION pg_catalog.clock_timestamp() RENAME TO real_clock_timestamp;
+		CREATE FUNCTION pg_catalog.clock_timestamp() RETURNS timestamptz LANGUAGE sql
+			AS 'SELECT pg_catalog.real_clock_timestamp() + by FROM test_clock.ahead'`)
 	return &clock{t, database}
 }
 
