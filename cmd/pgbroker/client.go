@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
+	"pgbroker/cmd/pgbroker/duration"
 	"pgbroker/proto/databroker"
 	"pgbroker/proto/registry"
 	"pgbroker/server/auth"
@@ -45,37 +46,8 @@ func (a *app) addClientFlags(cmd *cobra.Command) {
 }
 
 func (a *app) addTimeoutFlag(cmd *cobra.Command) {
-	a.timeout = 10 * time.Second
-	f := cmd.Flags().VarPF(&patience{&a.timeout}, "timeout", "", "longest that a request may take")
-	f.DefValue = a.timeout.String()
+	duration.Var(cmd.Flags(), &a.timeout, "timeout", 10*time.Second, checkPositive, "longest that a request may take")
 }
-
-// A patience is a flag with a duration that is more than 0.
-type patience struct{ value *time.Duration }
-
-// String implements pflag.Value.
-func (p *patience) String() string {
-	if p.value == nil {
-		return ""
-	}
-	return p.value.String()
-}
-
-// Set implements pflag.Value.
-func (p *patience) Set(text string) error {
-	d, err := time.ParseDuration(text)
-	if err != nil {
-		return errDuration
-	}
-	if err := checkPositive(d); err != nil {
-		return err
-	}
-	*p.value = d
-	return nil
-}
-
-// Type implements pflag.Value.
-func (p *patience) Type() string { return "duration" }
 
 // call is the body of a client command that makes a request or a few of them.
 func (a *app) call(do func(ctx context.Context, cmd *cobra.Command, c *client) error) func(*cobra.Command, []string) error {

@@ -24,6 +24,7 @@ import (
 	"github.com/spf13/pflag"
 	"go.yaml.in/yaml/v3"
 
+	"pgbroker/cmd/pgbroker/duration"
 	"pgbroker/db/embedded"
 )
 
@@ -589,7 +590,7 @@ func (s *setting) fromYAML(value any) ([]string, error) {
 		case string:
 			return []string{value}, nil
 		}
-		return nil, errDuration
+		return nil, duration.ErrFormat
 	case *[]string:
 		list, ok := value.([]any)
 		if !ok {
@@ -623,8 +624,6 @@ func (s *setting) fromYAML(value any) ([]string, error) {
 	}
 }
 
-var errDuration = errors.New("want a duration with its unit, such as 500ms, 8s or 1m30s")
-
 // parse puts what a source says into c. Messages repeat the value, unless it is a secret, and say what is allowed.
 func (s *setting) parse(c *Config, items []string) error {
 	var text string
@@ -656,9 +655,7 @@ func (s *setting) parse(c *Config, items []string) error {
 	case *byteSize:
 		*field, err = parseSize(text)
 	case *time.Duration:
-		if *field, err = time.ParseDuration(text); err != nil {
-			err = errDuration
-		}
+		*field, err = duration.Parse(text)
 	default:
 		panic(fmt.Sprintf("setting %s has a field of type %T", s.name, field))
 	}
@@ -715,7 +712,7 @@ func (c *configuration) show(s *setting) string {
 		}
 		return strings.Join(shown, s.separator())
 	case *time.Duration:
-		return showDuration(*field)
+		return duration.Format(*field)
 	case *byteSize:
 		return field.String()
 	case *bool:
@@ -725,18 +722,6 @@ func (c *configuration) show(s *setting) string {
 	default:
 		panic(fmt.Sprintf("setting %s has a field of type %T", s.name, field))
 	}
-}
-
-// showDuration writes a duration as a user would: 168h, not 168h0m0s.
-func showDuration(d time.Duration) string {
-	text := d.String()
-	if strings.HasSuffix(text, "m0s") {
-		text = strings.TrimSuffix(text, "0s")
-	}
-	if strings.HasSuffix(text, "h0m") {
-		text = strings.TrimSuffix(text, "0m")
-	}
-	return text
 }
 
 // readableFile refuses a path that cannot be read, as early as possible.

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"pgbroker/db/embedded"
 )
 
@@ -34,6 +36,39 @@ func tryInput(t testing.TB, stdin string, env []string, args ...string) result {
 	t.Helper()
 	var stdout, stderr bytes.Buffer
 	code := run(context.Background(), args, strings.NewReader(stdin), &stdout, &stderr, env)
+	return result{code, stdout.String(), stderr.String()}
+}
+
+// tryAtTerminal runs a command for somebody who types answer, and then nothing more, at a terminal that is so wide.
+func tryAtTerminal(t testing.TB, answer string, columns uint16, env []string, args ...string) result {
+	t.Helper()
+	keyboard, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer keyboard.Close()
+	fd := int(keyboard.Fd())
+	number, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
+	if err == nil {
+		err = unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0)
+	}
+	if err == nil {
+		err = unix.IoctlSetWinsize(fd, unix.TIOCSWINSZ, &unix.Winsize{Row: 24, Col: columns})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	terminal, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", number), os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer terminal.Close()
+	const endOfInput = "\x04"
+	if _, err := keyboard.WriteString(answer + endOfInput); err != nil {
+		t.Fatal(err)
+	}
+	var stdout, stderr bytes.Buffer
+	code := run(context.Background(), args, terminal, &stdout, &stderr, env)
 	return result{code, stdout.String(), stderr.String()}
 }
 

@@ -68,7 +68,7 @@ Rules that hold everywhere:
   them decides, and a source that has both is an error.
 - An environment variable that is empty counts as not set, and so does a key without a value in a file.
 - Where several values are allowed, a flag is repeated, a variable holds them separated by commas, and a file has a list.
-- Durations need a unit: ¬500ms¬, ¬8s¬, ¬1m30s¬, ¬168h¬. Sizes are bytes, or have one of ¬KiB¬, ¬MiB¬, ¬GiB¬.
+- Durations need a unit: ¬500ms¬, ¬8s¬, ¬1m30s¬, ¬12h¬, ¬7d¬, ¬1d12h¬. Sizes are bytes, or have one of ¬KiB¬, ¬MiB¬, ¬GiB¬.
 - A variable that starts with ¬PGBROKER_¬ and is no setting is pointed out by ¬serve¬ and ignored.
 - ¬databroker_storage_type¬ of a Pomerium configuration, or ¬DATABROKER_STORAGE_TYPE¬, is no setting. But when it is
   something else than ¬postgres¬, the connection string beside it is not used, with a warning.

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/protobuf/types/known/emptypb"
 
+	"pgbroker/cmd/pgbroker/duration"
 	"pgbroker/proto/databroker"
 )
 
@@ -117,7 +118,7 @@ until it can or the time is over.`,
 		}),
 	}
 	cmd.Flags().StringVar(&service, "service", "", "service to ask about; all when left out")
-	cmd.Flags().DurationVar(&wait, "wait", 0, "longest to wait until it can serve")
+	duration.Var(cmd.Flags(), &wait, "wait", 0, nil, "longest to wait until it can serve")
 	a.addOutputFlag(cmd)
 	a.addClientFlags(cmd)
 	return cmd

@@ -7,6 +7,7 @@ import (
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"pgbroker/cmd/pgbroker/duration"
 	"pgbroker/proto/databroker"
 )
 
@@ -48,7 +49,7 @@ func (l *lease) addFlags(cmd *cobra.Command, withID, withDuration bool) {
 		must(cmd.MarkFlagRequired("id"))
 	}
 	if withDuration {
-		cmd.Flags().DurationVar(&l.duration, "duration", 30*time.Second, "time until it expires")
+		duration.Var(cmd.Flags(), &l.duration, "duration", 30*time.Second, nil, "time until it expires")
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/spf13/cobra"
 
+	"pgbroker/cmd/pgbroker/duration"
 	"pgbroker/db"
 )
 
@@ -40,8 +41,8 @@ func (a *app) onQueries(do func(ctx context.Context, cmd *cobra.Command, queries
 // A shownType is one line of `types show -o json`.
 type shownType struct {
 	Type        string   `json:"type"`
-	Records     int64    `json:"records,string"`
-	Capacity    *int64   `json:"capacity,omitempty,string"`
+	Records     int64    `json:"records"`
+	Capacity    *int64   `json:"capacity,omitempty"`
 	TTL         string   `json:"ttl,omitempty"`
 	ExpiryField string   `json:"expiry_field,omitempty"`
 	IdleTimeout string   `json:"idle_timeout,omitempty"`
@@ -79,11 +80,11 @@ func (a *app) showTypes(ctx context.Context, queries *db.Queries, kind string) e
 	if kind != "" && len(rows) == 0 {
 		return &exitError{exitNotFound, fmt.Errorf("type %s has neither records nor options", kind)}
 	}
-	duration := func(d *time.Duration) string {
+	span := func(d *time.Duration) string {
 		if d == nil {
 			return ""
 		}
-		return d.String()
+		return duration.Format(*d)
 	}
 	text := func(s *string) string {
 		if s == nil {
@@ -95,7 +96,7 @@ func (a *app) showTypes(ctx context.Context, queries *db.Queries, kind string) e
 	for _, row := range rows {
 		if a.output == outputJSON {
 			if err := a.writeJSON(shownType{
-				row.Type, row.Records, row.Capacity, duration(row.TTL), text(row.ExpiryField), duration(row.IdleTimeout),
+				row.Type, row.Records, row.Capacity, span(row.TTL), text(row.ExpiryField), span(row.IdleTimeout),
 				row.UserLimit, row.Audited, row.LookedUpBy, row.UpToDate,
 			}); err != nil {
 				return err
@@ -109,8 +110,8 @@ func (a *app) showTypes(ctx context.Context, queries *db.Queries, kind string) e
 		if row.UserLimit != nil {
 			limit = strconv.Itoa(int(*row.UserLimit))
 		}
-		t.add(row.Name, strconv.FormatInt(row.Records, 10), capacity, duration(row.TTL), text(row.ExpiryField),
-			duration(row.IdleTimeout), limit, strconv.FormatBool(row.Audited))
+		t.add(row.Name, strconv.FormatInt(row.Records, 10), capacity, span(row.TTL), text(row.ExpiryField),
+			span(row.IdleTimeout), limit, strconv.FormatBool(row.Audited))
 	}
 	if a.output == outputJSON {
 		return nil
@@ -185,7 +186,7 @@ too. Records that go leave tombstones. These options are not part of the databro
 	name.addTypeFlag(cmd, "type of the records")
 	must(cmd.MarkFlagRequired("type"))
 	cmd.Flags().StringVar(&expiry, "expiry-field", "", "payload field with the time at which a record ends; empty for none")
-	cmd.Flags().Var(longDuration{&idle}, "idle-timeout", "records whose accessed_at is longer ago end; 0 for none")
+	duration.Var(cmd.Flags(), &idle, "idle-timeout", 0, nil, "records whose accessed_at is longer ago end; 0 for none")
 	cmd.Flags().Int32Var(&limit, "user-limit", 0, "how many records a user may have, those issued last; 0 for any number")
 	cmd.Flags().BoolVar(&audit, "audit", false, "write deletions to the audit")
 	a.addOutputFlag(cmd)

@@ -6,14 +6,17 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"regexp"
 	"strings"
 	"time"
 	"unicode"
 	"unicode/utf8"
 
+	"github.com/rivo/uniseg"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
 )
 
 // The values of --output.
@@ -22,15 +25,25 @@ const (
 	outputJSON  = "json"
 )
 
-// terminalWidth returns the number of columns of the terminal that w is, or 0 when it is none.
-func terminalWidth(w io.Writer) int {
-	f, ok := w.(*os.File)
+// isTerminal reports whether a person may sit behind a file.
+func isTerminal(file any) bool {
+	_, ok := windowSize(file)
+	return ok
+}
+
+func windowSize(file any) (*unix.Winsize, bool) {
+	f, ok := file.(*os.File)
 	if !ok {
-		return 0
+		return nil, false
 	}
 	size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ)
-	switch {
-	case err != nil:
+	return size, err == nil
+}
+
+// terminalWidth returns the number of columns of the terminal that w is, or 0 when it is none.
+func terminalWidth(w io.Writer) int {
+	switch size, ok := windowSize(w); {
+	case !ok:
 		return 0
 	case size.Col == 0: // a terminal that does not say
 		return 80
@@ -39,8 +52,12 @@ func terminalWidth(w io.Writer) int {
 	}
 }
 
+// columnsOf is how many columns of a terminal a text takes: wide characters take two, and what is combined with another none.
+func columnsOf(text string) int { return uniseg.StringWidth(text) }
+
 // A table is what people get to see: aligned columns, cut to the width of the terminal, uncut when the output is no
-// terminal. The columns that hold long texts are the ones that give way.
+// terminal. The columns that hold long texts are the ones that give way. Where that is not enough, each row is shown as
+// lines, one for each cell.
 type table struct {
 	header []string
 	long   []int // columns that may be cut, in the order in which they are
@@ -69,11 +86,15 @@ func (t *table) write(w io.Writer) error {
 	widths := make([]int, len(t.header))
 	for _, row := range append([][]string{t.header}, t.rows...) {
 		for i, cell := range row {
-			widths[i] = max(widths[i], utf8.RuneCountInString(cell))
+			widths[i] = max(widths[i], columnsOf(cell))
 		}
 	}
-	shrink(widths, t.long, terminalWidth(w))
 	var b bytes.Buffer
+	if terminal := terminalWidth(w); !shrink(widths, t.long, terminal) {
+		t.expand(&b, terminal)
+		_, err := w.Write(b.Bytes())
+		return err
+	}
 	for _, row := range append([][]string{t.header}, t.rows...) {
 		writeRow(&b, row, widths)
 	}
@@ -81,10 +102,28 @@ func (t *table) write(w io.Writer) error {
 	return err
 }
 
-// shrink makes the given columns narrower until a row fits into the terminal, none below what can still be read.
-func shrink(widths, columns []int, terminal int) {
+// expand writes a table that is too wide for a terminal.
+func (t *table) expand(b *bytes.Buffer, terminal int) {
+	widths := []int{0, 0}
+	for _, name := range t.header {
+		widths[0] = max(widths[0], columnsOf(name))
+	}
+	widths[1] = max(1, terminal-widths[0]-len(gap))
+	for i, row := range t.rows {
+		if i > 0 {
+			b.WriteByte('\n')
+		}
+		for column, cell := range row {
+			writeRow(b, []string{t.header[column], cell}, widths)
+		}
+	}
+}
+
+// shrink makes the given columns narrower until a row fits into the terminal, none below what can still be read, and
+// reports whether it fits.
+func shrink(widths, columns []int, terminal int) bool {
 	if terminal == 0 {
-		return
+		return true
 	}
 	const least = 12
 	total := len(gap) * (len(widths) - 1)
@@ -93,12 +132,13 @@ func shrink(widths, columns []int, terminal int) {
 	}
 	for _, column := range columns {
 		if total <= terminal {
-			return
+			return true
 		}
 		width := min(widths[column], max(least, widths[column]-(total-terminal)))
 		total -= widths[column] - width
 		widths[column] = width
 	}
+	return total <= terminal
 }
 
 func writeRow(b *bytes.Buffer, row []string, widths []int) {
@@ -109,19 +149,25 @@ func writeRow(b *bytes.Buffer, row []string, widths []int) {
 		}
 		cell = ellipsis(cell, widths[i])
 		line.WriteString(cell)
-		line.WriteString(strings.Repeat(" ", widths[i]-utf8.RuneCountInString(cell)))
+		line.WriteString(strings.Repeat(" ", max(0, widths[i]-columnsOf(cell))))
 	}
 	b.WriteString(strings.TrimRight(line.String(), " "))
 	b.WriteByte('\n')
 }
 
-// ellipsis cuts a text to a width.
+// ellipsis cuts a text to a width, never within what is shown as one character.
 func ellipsis(text string, width int) string {
-	if utf8.RuneCountInString(text) <= width {
+	if columnsOf(text) <= width {
 		return text
 	}
-	runes := []rune(text)
-	return string(runes[:max(0, width-1)]) + "…"
+	end, used := 0, 0
+	for characters := uniseg.NewGraphemes(text); characters.Next(); {
+		if used += characters.Width(); used > width-1 {
+			break
+		}
+		_, end = characters.Positions()
+	}
+	return text[:end] + "…"
 }
 
 // clean makes a text safe to show: ids and payloads come from anybody, and a terminal obeys control characters.
@@ -180,9 +226,48 @@ func safeJSON(b []byte) json.RawMessage {
 	return out.Bytes()
 }
 
+// plainJSON is toJSON for messages of the services: numbers are numbers, as in what SQL makes of a row, though protobuf would
+// write those of 64 bits as text. Payloads have them as SQL has them in the column data: as text.
+func plainJSON(m proto.Message) (json.RawMessage, error) {
+	b, err := toJSON(m)
+	if err != nil {
+		return nil, err
+	}
+	names := longNumbers(m.ProtoReflect().Descriptor(), nil)
+	return quotedNumber.ReplaceAllFunc(b, func(member []byte) []byte {
+		parts := quotedNumber.FindSubmatch(member)
+		if !names[string(parts[1])] {
+			return member
+		}
+		return fmt.Appendf(nil, `"%s":%s`, parts[1], parts[2])
+	}), nil
+}
+
+// quotedNumber is a member of an object; within a text its quotes would be escaped.
+var quotedNumber = regexp.MustCompile(`"(\w+)":"(-?\d+)"`)
+
+// longNumbers adds the names of the fields of a message, and of those within it, that are numbers of 64 bits.
+func longNumbers(message protoreflect.MessageDescriptor, names map[string]bool) map[string]bool {
+	if names == nil {
+		names = make(map[string]bool)
+	}
+	for i := range message.Fields().Len() {
+		field := message.Fields().Get(i)
+		switch field.Kind() {
+		case protoreflect.Int64Kind, protoreflect.Uint64Kind, protoreflect.Sint64Kind, protoreflect.Fixed64Kind, protoreflect.Sfixed64Kind:
+			names[string(field.Name())] = true
+		case protoreflect.MessageKind:
+			if field.Message().ParentFile().Package() != "google.protobuf" {
+				longNumbers(field.Message(), names)
+			}
+		}
+	}
+	return names
+}
+
 // writeProto prints a message as a line of JSON.
 func (a *app) writeProto(m proto.Message) error {
-	b, err := toJSON(m)
+	b, err := plainJSON(m)
 	if err != nil {
 		return err
 	}
@@ -210,5 +295,7 @@ func (a *app) say(format string, args ...any) {
 	fmt.Fprintf(a.stderr, "pgbroker: %s\n", clean(fmt.Sprintf(format, args...)))
 }
 
-// showTime is a point in time for people: local, to the second.
-func showTime(t time.Time) string { return t.Local().Format("2006-01-02 15:04:05") }
+// showTime is a point in time for people: local, to the second, with the distance from UTC as psql shows it.
+func showTime(t time.Time) string {
+	return strings.TrimSuffix(t.Local().Format("2006-01-02 15:04:05-07:00"), ":00")
+}

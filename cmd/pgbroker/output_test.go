@@ -5,7 +5,6 @@ import (
 	"errors"
 	"strings"
 	"testing"
-	"time"
 
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/structpb"
@@ -52,6 +51,34 @@ func TestTable(t *testing.T) {
 	}
 }
 
+// Columns are straight under wide and under combining characters.
+func TestTableOfWideCharacters(t *testing.T) {
+	table := newTable("ID", "NAME", "N")
+	table.add("a", "日本語", "1")
+	table.add("b", "jose\u0301", "2")
+	table.add("c", "plain", "3")
+	var b bytes.Buffer
+	if err := table.write(&b); err != nil {
+		t.Fatal(err)
+	}
+	want := "ID  NAME    N\na   日本語  1\nb   jose\u0301    2\nc   plain   3\n"
+	if b.String() != want {
+		t.Errorf("got\n%swant\n%s", b.String(), want)
+	}
+}
+
+// A table whose columns cannot be cut to the terminal is shown cell by cell.
+func TestExpandedTable(t *testing.T) {
+	table := newTable("TYPE", "RECORDS")
+	table.add("session.Session", "1")
+	table.add("a", strings.Repeat("9", 20))
+	var b bytes.Buffer
+	table.expand(&b, 20)
+	if want := "TYPE     session.Se…\nRECORDS  1\n\nTYPE     a\nRECORDS  9999999999…\n"; b.String() != want {
+		t.Errorf("got\n%swant\n%s", b.String(), want)
+	}
+}
+
 func TestShrink(t *testing.T) {
 	for _, c := range []struct {
 		widths   []int
@@ -66,7 +93,10 @@ func TestShrink(t *testing.T) {
 		{[]int{10, 5, 6}, 20, []int{10, 5, 6}},      // never wider
 	} {
 		got := append([]int(nil), c.widths...)
-		shrink(got, []int{2, 1}, c.terminal)
+		fits := shrink(got, []int{2, 1}, c.terminal)
+		if total := got[0] + got[1] + got[2] + 2*len(gap); fits != (c.terminal == 0 || total <= c.terminal) {
+			t.Errorf("shrink(%v) to %d: fits is %v", c.widths, c.terminal, fits)
+		}
 		for i := range got {
 			if got[i] != c.want[i] {
 				t.Errorf("shrink(%v) to %d = %v, want %v", c.widths, c.terminal, got, c.want)
@@ -74,8 +104,17 @@ func TestShrink(t *testing.T) {
 			}
 		}
 	}
-	if got := ellipsis("äöüß", 3); got != "äö…" {
-		t.Errorf("ellipsis: got %q", got)
+	for _, c := range []struct {
+		text  string
+		width int
+		want  string
+	}{
+		{"äöüß", 3, "äö…"}, {"äöüß", 4, "äöüß"}, {"日本語", 6, "日本語"}, {"日本語", 5, "日本…"}, {"日本語", 4, "日…"},
+		{"e\u0301e\u0301e\u0301", 3, "e\u0301e\u0301e\u0301"}, {"e\u0301e\u0301e\u0301", 2, "e\u0301…"}, {"🇩🇪🇫🇷", 3, "🇩🇪…"},
+	} {
+		if got := ellipsis(c.text, c.width); got != c.want {
+			t.Errorf("ellipsis(%q, %d) = %q, want %q", c.text, c.width, got, c.want)
+		}
 	}
 }
 
@@ -87,19 +126,19 @@ func TestSafeJSON(t *testing.T) {
 
 func TestChangePrinter(t *testing.T) {
 	var b bytes.Buffer
-	p := changePrinter{width: 60}
+	p := changePrinter{width: 63}
 	for _, cells := range [][]string{
-		{"1", "2030-01-01 00:00:00", "put", "session.Session", "s1", `{"id":"s1"}`},
-		{"20000000000", "2030-01-01 00:00:00", "delete", "t", "s\n2", ""},
+		{"1", "2030-01-01 00:00:00+00", "put", "session.Session", "s1", `{"id":"s1"}`},
+		{"20000000000", "2030-01-01 00:00:00+00", "delete", "t", "s\n2", ""},
 	} {
 		if err := p.write(&b, cells...); err != nil {
 			t.Fatal(err)
 		}
 	}
 	want := "" +
-		"VERSION   TIME                 CHANGE   TYPE              I…\n" +
-		"1         2030-01-01 00:00:00  put      session.Session   s…\n" +
-		"20000000000  2030-01-01 00:00:00  delete   t               …\n"
+		"VERSION   TIME                    CHANGE   TYPE              I…\n" +
+		"1         2030-01-01 00:00:00+00  put      session.Session   s…\n" +
+		"20000000000  2030-01-01 00:00:00+00  delete   t               …\n"
 	if b.String() != want {
 		t.Errorf("got\n%swant\n%s", b.String(), want)
 	}
@@ -160,17 +199,6 @@ func TestPayloadSummary(t *testing.T) {
 	} {
 		if got := payloadSummary(c.payload, false); got != c.want {
 			t.Errorf("payloadSummary(%v) = %q, want %q", c.payload, got, c.want)
-		}
-	}
-}
-
-func TestShowDuration(t *testing.T) {
-	for d, want := range map[time.Duration]string{
-		0: "0s", time.Second: "1s", 90 * time.Second: "1m30s", time.Minute: "1m", 168 * time.Hour: "168h", 90 * time.Minute: "1h30m",
-		time.Hour + time.Second: "1h0m1s",
-	} {
-		if got := showDuration(d); got != want {
-			t.Errorf("showDuration(%v) = %q, want %q", d, got, want)
 		}
 	}
 }

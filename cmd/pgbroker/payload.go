@@ -231,13 +231,13 @@ func redact(message protoreflect.Message) {
 	}
 }
 
-// recordJSON is protojson of a record, except that a payload of an unknown type is no error.
+// recordJSON is protojson of a record, except that numbers are numbers and a payload of an unknown type is no error.
 func recordJSON(record *databroker.Record, secrets bool) (json.RawMessage, error) {
 	envelope := &databroker.Record{
 		Version: record.GetVersion(), Type: record.GetType(), Id: record.GetId(),
 		ModifiedAt: record.GetModifiedAt(), DeletedAt: record.GetDeletedAt(),
 	}
-	b, err := toJSON(envelope)
+	b, err := plainJSON(envelope)
 	if err != nil {
 		return nil, err
 	}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -22,6 +23,7 @@ const (
 	exitTaken           = 4
 	exitUnreachable     = 5
 	exitUnauthenticated = 6
+	exitNoneMatched     = 7
 	exitInterrupted     = 130
 )
 
@@ -37,7 +39,8 @@ var exitCodes = []struct {
 	{exitTaken, "the lease is held by somebody else"},
 	{exitUnreachable, "the server cannot be reached or cannot reach its database"},
 	{exitUnauthenticated, "the server does not accept the shared secret, or its access is not enough"},
-	{exitInterrupted, "interrupted"},
+	{exitNoneMatched, "nothing is chosen by the filters, so nothing was done"},
+	{exitInterrupted, "interrupted, or not confirmed"},
 }
 
 // An exitError is an error with an exit code of its own.
@@ -57,9 +60,18 @@ func usagef(format string, args ...any) error {
 	return &exitError{exitUsage, fmt.Errorf(format, args...)}
 }
 
+// unfinished is the error of a command that has done a part of its work. It says what is done, also to whoever has interrupted it.
+func unfinished(ctx context.Context, err error, done string) error {
+	if ctx.Err() != nil && (errors.Is(err, context.Canceled) || status.Code(err) == codes.Canceled) {
+		return &exitError{exitInterrupted, errors.New("interrupted: " + done)}
+	}
+	return fmt.Errorf("%s: %w", done, err)
+}
+
 // An app is one run of the program: what it reads from and writes to, and the flags that all commands share.
 type app struct {
 	stdin          io.Reader
+	person         io.Reader // stdin if that is a terminal, else nil
 	stdout, stderr io.Writer
 	environ        []string
 
@@ -72,6 +84,9 @@ type app struct {
 // run is the program without its process: it returns the exit code instead of exiting. A cancelled ctx is an orderly end.
 func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer, environ []string) int {
 	a := &app{stdin: stdin, stdout: stdout, stderr: stderr, environ: environ}
+	if isTerminal(stdin) {
+		a.person = stdin
+	}
 	root := a.rootCommand()
 	root.SetArgs(args)
 	root.SetErr(stderr)
@@ -181,6 +196,8 @@ Exit codes:
 			holdsCommands(cmd)
 		}
 	}
+	root.SetFlagErrorFunc(explainFlag)
+	suggestCommands(root)
 	return root
 }
 
@@ -194,8 +211,15 @@ func group(use, short string, commands ...*cobra.Command) *cobra.Command {
 
 // holdsCommands makes a command show its help, unless it is given the name of a command that it does not hold.
 func holdsCommands(cmd *cobra.Command) {
-	cmd.SuggestionsMinimumDistance = 2
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
+}
+
+// suggestCommands makes every command that holds others name the nearest one when it is given one that it does not hold.
+func suggestCommands(cmd *cobra.Command) {
+	if !cmd.HasSubCommands() {
+		return
+	}
+	cmd.SuggestionsMinimumDistance = 2
 	cmd.Args = func(cmd *cobra.Command, args []string) error {
 		if len(args) == 0 {
 			return nil
@@ -204,8 +228,40 @@ func holdsCommands(cmd *cobra.Command) {
 		if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
 			hint = " (did you mean " + strings.Join(near, " or ") + "?)"
 		}
-		return fmt.Errorf("unknown command %q for %q%s", args[0], cmd.CommandPath(), hint)
+		return fmt.Errorf("unknown command %.60q for %q%s", args[0], cmd.CommandPath(), hint)
 	}
+	for _, child := range cmd.Commands() {
+		suggestCommands(child)
+	}
+}
+
+// explainFlag adds to an error about a flag what may be meant: the flag with the nearest name, or an id that looks like a flag.
+func explainFlag(cmd *cobra.Command, err error) error {
+	var unknown *pflag.NotExistError
+	if !errors.As(err, &unknown) {
+		return err
+	}
+	name := unknown.GetSpecifiedName()
+	if short := unknown.GetSpecifiedShortnames(); short != "" {
+		if strings.Contains(cmd.Use, "ID") {
+			return fmt.Errorf("%w (an id that begins with - comes after --: %s -- -%s)", err, cmd.CommandPath(), short)
+		}
+		return err
+	}
+	const far = 3
+	best, distance := "", min(far, len(name)/2)+1
+	cmd.Flags().VisitAll(func(f *pflag.Flag) {
+		if d := editDistance(strings.ReplaceAll(name, "_", "-"), f.Name); d < distance && !f.Hidden {
+			best, distance = f.Name, d
+		}
+	})
+	switch {
+	case best != "":
+		return fmt.Errorf("unknown flag --%s (did you mean --%s?)", name, best)
+	case strings.Contains(cmd.Use, "ID"):
+		return fmt.Errorf("unknown flag --%s (an id that begins with - comes after --: %s -- --%[1]s)", name, cmd.CommandPath())
+	}
+	return fmt.Errorf("unknown flag --%s", name)
 }
 
 // action is the body of a command. It runs once the command line has been understood.

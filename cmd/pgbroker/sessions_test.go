@@ -1,8 +1,11 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
+	"io"
 	"regexp"
 	"slices"
 	"strings"
@@ -96,7 +99,7 @@ func TestSessionsListAndShow(t *testing.T) {
 		}
 	}
 	out := mustTry(t, env, "sessions", "list", "--user", "joe", "-o", "json")
-	want := `{"id":"joe","user_id":"joe","email":"joe@example.com","idp_id":"google","issued_at":"TIME","last_used":"TIME","expires_at":"TIME","expired":false,"version":N}` + "\n"
+	want := `{"id":"joe","user_id":"joe","email":"joe@example.com","idp_id":"google","issued_at":"TIME","accessed_at":"TIME","expires_at":"TIME","expired":false,"version":N,"modified_at":"TIME"}` + "\n"
 	if golden(out) != want {
 		t.Errorf("got %s, want %s", golden(out), want)
 	}
@@ -113,6 +116,13 @@ func TestSessionFilter(t *testing.T) {
 	t.Parallel()
 	now := time.Now()
 	at := func(d time.Duration) *timestamppb.Timestamp { return timestamppb.New(now.Add(d)) }
+	claims := func(name string, values ...any) map[string]*structpb.ListValue {
+		list, err := structpb.NewList(values)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return map[string]*structpb.ListValue{name: list}
+	}
 	for _, c := range []struct {
 		filter  sessionFilter
 		session *session.Session
@@ -124,12 +134,171 @@ func TestSessionFilter(t *testing.T) {
 		{sessionFilter{expired: true}, &session.Session{}, false},
 		{sessionFilter{idle: time.Hour}, &session.Session{IssuedAt: at(-2 * time.Hour)}, true},
 		{sessionFilter{idle: time.Hour}, &session.Session{IssuedAt: at(-2 * time.Hour), AccessedAt: at(-time.Minute)}, false},
+		// Neither used nor issued, as far as it says: it was written 90 minutes ago.
+		{sessionFilter{idle: time.Hour}, &session.Session{}, true},
+		{sessionFilter{idle: 2 * time.Hour}, &session.Session{}, false},
+		{sessionFilter{idle: 2 * time.Hour}, &session.Session{AccessedAt: &timestamppb.Timestamp{Seconds: -1 << 60}}, false}, // no time at all
 		{sessionFilter{user: "a", expired: true}, &session.Session{UserId: "b", ExpiresAt: at(-time.Second)}, false},
 		{sessionFilter{}, &session.Session{}, true},
+		{sessionFilter{email: "JOS\u00c9@x"}, &session.Session{Claims: claims("email", "a@x", " jose\u0301@X ")}, true},
+		{sessionFilter{email: "jose@x"}, &session.Session{Claims: claims("email", "jos\u00e9@x")}, false},
+		{sessionFilter{email: "of-the-record@x"}, &session.Session{UserId: "jane"}, true},
+		{sessionFilter{claims: []string{"amr=pwd"}}, &session.Session{Claims: claims("amr", "otp", "pwd")}, true},
+		{sessionFilter{claims: []string{"amr=pwd", "acr=1"}}, &session.Session{Claims: claims("amr", "pwd")}, false},
+		{sessionFilter{claims: []string{"a=b=c"}}, &session.Session{Claims: claims("a", "b=c")}, true},
+		{sessionFilter{claims: []string{"level=3"}}, &session.Session{Claims: claims("level", 3)}, true},
+		{sessionFilter{claims: []string{"ok=true"}}, &session.Session{Claims: claims("ok", true)}, true},
+		{sessionFilter{claims: []string{"ok="}}, &session.Session{Claims: claims("ok", nil)}, false},
+		{sessionFilter{group: "admins"}, &session.Session{Claims: claims("groups", "users", "admins")}, true},
+		{sessionFilter{group: "admins"}, &session.Session{UserId: "jane"}, true},
+		{sessionFilter{group: "admins"}, &session.Session{UserId: "joe"}, false},
+		{sessionFilter{except: []string{"x", "the-session"}}, &session.Session{}, false},
 	} {
-		if got := c.filter.holds(c.session, now); got != c.want {
+		found := &foundSession{id: "the-session", modified: at(-90 * time.Minute), session: c.session}
+		known := &people{emailed: map[string]bool{"jane": true}, members: map[string]bool{"jane": true}}
+		if got := c.filter.holds(found, known, now); got != c.want {
 			t.Errorf("%+v of %v: %v", c.filter, c.session, got)
 		}
+	}
+}
+
+// A session is found by every e-mail address that anybody could know of it, and shown with that which session_details shows.
+func TestSessionsByPerson(t *testing.T) {
+	t.Parallel()
+	b := servertest.New(t, servertest.Options{})
+	env := environment(b.Replica)
+	put := func(recordType, id, data string) {
+		t.Helper()
+		mustTry(t, env, "record", "put", "-t", recordType, "-i", id, "-d", data)
+	}
+	put("session.Session", "s-user", `{"user_id": "u1", "claims": {"email": ["claimed@example.com", "second@example.com"]}}`)
+	put("session.Session", "s-directory", `{"user_id": "u2", "claims": {"groups": ["claimed-group"]}}`)
+	put("session.Session", "s-claim", `{"user_id": "u3", "claims": {"email": ["Zoe@Example.com"]}}`)
+	put("session.Session", "s-accent", `{"user_id": "u4", "claims": {"email": ["jose\u0301@example.com"]}}`)
+	put("session.Session", "-dash", `{"user_id": "u5"}`)
+	put("session.Session", "s-longer", `{"user_id": "u6", "claims": {"email": ["not-claimed@example.com.au"]}}`)
+	put("user.User", "u1", `{"id": "u1", "name": "Una", "email": "Una@example.com", "claims": {"email": ["third@example.com"]}}`)
+	put("pomerium.io/DirectoryUser", "u1", `{"id": "u1", "email": "una.directory@example.com", "group_ids": ["g1"]}`)
+	put("pomerium.io/DirectoryUser", "u2", `{"id": "u2", "email": "duo@example.com", "display_name": "Duo", "group_ids": ["g1", "g2"]}`)
+	put("pomerium.io/DirectoryGroup", "g2", `{"id": "g2", "name": "Engineering"}`)
+	for args, want := range map[string][]string{
+		"--email una@EXAMPLE.com":           {"s-user"},
+		"--email claimed@example.com":       {"s-user"},
+		"--email second@example.com":        {"s-user"},
+		"--email third@example.com":         {"s-user"},
+		"--email una.directory@example.com": {"s-user"},
+		"--email una@example.com --user u2": nil,
+		"--email duo@example.com":           {"s-directory"},
+		"--email zoe@example.com":           {"s-claim"},
+		"--email jos\u00e9@example.com":     {"s-accent"},
+		"--email jose\u0301@example.com":    {"s-accent"},
+		"--email example.com":               nil,
+		"--group Engineering":               {"s-directory"},
+		"--group g1":                        {"s-directory", "s-user"},
+		"--group g1 --except s-user":        {"s-directory"},
+		"--group claimed-group":             {"s-directory"},
+		"--claim email=second@example.com":  {"s-user"},
+		"--idle-for 1h":                     nil, // all are new, though they do not say when they were issued
+		"--user u5 --except nobody":         {"-dash"},
+	} {
+		got := idsOf(mustTry(t, env, append([]string{"sessions", "list"}, strings.Fields(args)...)...))
+		if slices.Sort(got); !slices.Equal(got, want) {
+			t.Errorf("sessions list %s: %q, want %q", args, got, want)
+		}
+	}
+	// What is shown is what the view shows, with its names.
+	for line := range strings.Lines(mustTry(t, env, "sessions", "list", "-o", "json")) {
+		var shown map[string]any
+		if err := json.Unmarshal([]byte(line), &shown); err != nil {
+			t.Fatal(err)
+		}
+		var text []byte
+		if err := b.Database.Pool.QueryRow(t.Context(),
+			`SELECT jsonb_strip_nulls(to_jsonb(d)) FROM pgbroker.session_details d WHERE id = $1`, shown["id"]).Scan(&text); err != nil {
+			t.Fatal(err)
+		}
+		var view map[string]any
+		if err := json.Unmarshal(text, &view); err != nil {
+			t.Fatal(err)
+		}
+		delete(shown, "modified_at") // the same time, spelled in another way
+		for key, value := range shown {
+			if fmt.Sprint(view[key]) != fmt.Sprint(value) {
+				t.Errorf("%s: %s is %v, and %v in the view", shown["id"], key, value, view[key])
+			}
+		}
+	}
+	for _, args := range [][]string{
+		{"--user", ""}, {"--email", " "}, {"--idp", "", "--user", "u1"}, {"--group", ""}, {"--claim", ""}, {"--claim", "x"}, {"--claim", "=x"},
+		{"--idle-for", "0"}, {"--except", "s-user"}, {""}, {"s-user", "--except", "s-user"},
+	} {
+		if r := try(t, env, append([]string{"sessions", "revoke", "--yes"}, args...)...); r.code != exitUsage {
+			t.Errorf("sessions revoke %q: %d %s", args, r.code, r.stderr)
+		}
+	}
+	if r := try(t, env, "sessions", "revoke", "-dash"); r.code != exitUsage || !strings.Contains(r.stderr, "-- -dash") {
+		t.Errorf("an id that looks like a flag: %d %s", r.code, r.stderr)
+	}
+	if out := mustTry(t, env, "sessions", "show", "--", "-dash"); !strings.Contains(out, "id:       -dash") {
+		t.Errorf("show: %s", out)
+	}
+	if out := mustTry(t, env, "sessions", "revoke", "--", "-dash"); !slices.Equal(idsOf(out), []string{"-dash"}) {
+		t.Errorf("revoke: %s", out)
+	}
+	if out := mustTry(t, env, "sessions", "revoke", "--email", "DUO@example.com"); !slices.Equal(idsOf(out), []string{"s-directory"}) {
+		t.Errorf("revoke by an address of the directory: %s", out)
+	}
+}
+
+// Whoever interrupts a revocation is told how far it has come, and what was asked for by then is done.
+func TestInterruptedRevocation(t *testing.T) {
+	t.Parallel()
+	b := servertest.New(t, servertest.Options{})
+	const all = 3 * revokeBatch
+	request := new(databroker.PutRequest)
+	for i := range all {
+		data, err := anypb.New(&session.Session{UserId: "jane"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		request.Records = append(request.Records, &databroker.Record{Type: sessionType, Id: fmt.Sprintf("s%04d", i), Data: data})
+	}
+	if _, err := b.Put(t.Context(), request); err != nil {
+		t.Fatal(err)
+	}
+	tx, err := b.Database.Connect(t).Begin(t.Context())
+	if err == nil {
+		_, err = tx.Exec(t.Context(), `SELECT pgbroker.lock_order()`)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, interrupt := context.WithCancel(t.Context())
+	defer interrupt()
+	done := make(chan result)
+	go func() {
+		var stdout, stderr bytes.Buffer
+		code := run(ctx, []string{"sessions", "revoke", "--user", "jane", "--yes"}, strings.NewReader(""), &stdout, &stderr, environment(b.Replica))
+		done <- result{code, stdout.String(), stderr.String()}
+	}()
+	for waiting := false; !waiting; { // the first request does
+		if err := b.Database.Pool.QueryRow(t.Context(), `SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND locktype = 'advisory'
+			AND database = (SELECT oid FROM pg_database WHERE datname = current_database())) FROM pg_sleep(0.01)`).Scan(&waiting); err != nil {
+			t.Fatal(err)
+		}
+	}
+	interrupt()
+	if err := tx.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	r := <-done
+	var left int
+	if err := b.Database.Pool.QueryRow(t.Context(), `SELECT count(*) FROM pgbroker.sessions`).Scan(&left); err != nil {
+		t.Fatal(err)
+	}
+	want := fmt.Sprintf("interrupted: %d of %d sessions revoked", revokeBatch, all)
+	if r.code != exitInterrupted || left != all-revokeBatch || !strings.Contains(r.stderr, want) || len(idsOf(r.stdout)) != revokeBatch {
+		t.Errorf("%d left, exit code %d, %d shown, %q; want %q", left, r.code, len(idsOf(r.stdout)), r.stderr, want)
 	}
 }
 
@@ -152,10 +321,17 @@ func TestSessionsRevoke(t *testing.T) {
 		}
 	}
 	for _, answer := range []string{"", "no\n", "y\n"} {
-		r := tryInput(t, answer, env, "sessions", "revoke", "--user", "jane")
+		r := tryAtTerminal(t, answer, 80, env, "sessions", "revoke", "--user", "jane")
 		if r.code != exitInterrupted || !strings.Contains(r.stderr, "Revoke 2 sessions of jane?") || !strings.Contains(r.stderr, "nothing was revoked") {
 			t.Errorf("answer %q: %d %s", answer, r.code, r.stderr)
 		}
+	}
+	// Where nobody can be asked, what comes in is not an answer, and stays unread.
+	lines := strings.NewReader("yes\n")
+	var stderr bytes.Buffer
+	if code := run(t.Context(), []string{"sessions", "revoke", "--user", "jane"}, lines, io.Discard, &stderr, env); code != exitUsage || lines.Len() != 4 ||
+		!strings.Contains(stderr.String(), "Revoke 2 sessions of jane?") || !strings.Contains(stderr.String(), "--yes") {
+		t.Errorf("without a terminal: %d %s", code, stderr.String())
 	}
 	left("jane-new", "jane-old", "joe")
 
@@ -164,12 +340,12 @@ func TestSessionsRevoke(t *testing.T) {
 		t.Errorf("by id: %+v", r)
 	}
 	left("jane-new", "jane-old")
-	r = tryInput(t, "yes\n", env, "sessions", "revoke", "--user", "jane")
+	r = tryAtTerminal(t, "yes\n", 80, env, "sessions", "revoke", "--user", "jane")
 	if r.code != exitOK || !slices.Equal(idsOf(r.stdout), []string{"jane-new", "jane-old"}) || !strings.Contains(r.stderr, "2 sessions revoked") {
 		t.Errorf("with yes: %+v", r)
 	}
 	left()
-	if r := try(t, env, "sessions", "revoke", "--user", "jane", "--yes"); r.code != exitOK || !strings.Contains(r.stderr, "no session was revoked") {
+	if r := try(t, env, "sessions", "revoke", "--user", "jane", "--yes"); r.code != exitNoneMatched || !strings.Contains(r.stderr, "no session was revoked") {
 		t.Errorf("none: %+v", r)
 	}
 
@@ -200,12 +376,12 @@ func TestTypesSetAndShow(t *testing.T) {
 	d := dbtest.New(t)
 	env := []string{"PGBROKER_DATABASE_URL=" + d.ConnString}
 	out := mustTry(t, env, "types", "set", "-t", "session.Session", "--idle-timeout", "8h", "--user-limit", "5", "--expiry-field", "expires_at", "--audit=false")
-	want := "TYPE  RECORDS  CAPACITY  TTL  EXPIRES BY  IDLE TIMEOUT  USER LIMIT  AUDITED\nsession.Session  0  expires_at  8h0m0s  5  false\n"
+	want := "TYPE  RECORDS  CAPACITY  TTL  EXPIRES BY  IDLE TIMEOUT  USER LIMIT  AUDITED\nsession.Session  0  expires_at  8h  5  false\n"
 	if squeezed := regexp.MustCompile(` {2,}`).ReplaceAllString(out, "  "); squeezed != want {
 		t.Errorf("got\n%s, want\n%s", squeezed, want)
 	}
 	out = mustTry(t, env, "types", "set", "-t", "session.Session", "--idle-timeout", "0", "--user-limit", "0", "--expiry-field", "", "-o", "json")
-	want = `{"type":"type.googleapis.com/session.Session","records":"0","audited":false,"looked_up_by":["idp_id","user_id"],"up_to_date":true}` + "\n"
+	want = `{"type":"type.googleapis.com/session.Session","records":0,"audited":false,"looked_up_by":["idp_id","user_id"],"up_to_date":true}` + "\n"
 	if out != want {
 		t.Errorf("got %s, want %s", out, want)
 	}

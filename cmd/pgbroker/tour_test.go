@@ -239,7 +239,7 @@ func (term *terminal) lines() (lines []string, changed <-chan struct{}) {
 
 // tourLines splits what was shown and takes out what is different every time.
 func tourLines(text string) []string {
-	text = regexp.MustCompile(`\d{4}-\d\d-\d\d \d\d:\d\d:\d\d`).ReplaceAllString(text, "TIME")
+	text = regexp.MustCompile(`\d{4}-\d\d-\d\d \d\d:\d\d:\d\d([+-]\d\d(:\d\d)?)?`).ReplaceAllString(text, "TIME")
 	lines := strings.Split(text, "\n")
 	for i := range lines {
 		lines[i] = strings.TrimRight(lines[i], " ")

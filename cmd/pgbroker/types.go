@@ -9,6 +9,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/emptypb"
 
+	"pgbroker/cmd/pgbroker/duration"
 	"pgbroker/proto/databroker"
 )
 
@@ -47,10 +48,10 @@ func (a *app) typesCommand() *cobra.Command {
 	return cmd
 }
 
-// A typeCount is one line of `types -o json`. As in protojson, a 64-bit number is a text.
+// A typeCount is one line of `types -o json`.
 type typeCount struct {
 	Type    string `json:"type"`
-	Records int64  `json:"records,string"`
+	Records int64  `json:"records"`
 }
 
 func (a *app) optionsCommand() *cobra.Command {
@@ -90,7 +91,7 @@ func (a *app) showOptions(options *databroker.Options) error {
 		capacity = strconv.FormatUint(options.GetCapacity(), 10)
 	}
 	if options.Ttl != nil {
-		ttl = options.GetTtl().AsDuration().String()
+		ttl = duration.Format(options.GetTtl().AsDuration())
 	}
 	t := newTable("OPTION", "VALUE").cut(1)
 	t.add("capacity", capacity)
@@ -145,7 +146,7 @@ the next write of the type, the time to live within a minute; records that go le
 	name.addTypeFlag(cmd, "type of the records")
 	must(cmd.MarkFlagRequired("type"))
 	cmd.Flags().Uint64Var(&capacity, "capacity", 0, "keep only so many records, those written last")
-	cmd.Flags().Var(longDuration{&ttl}, "ttl", "delete records that were not written for so long")
+	duration.Var(cmd.Flags(), &ttl, "ttl", 0, nil, "delete records that were not written for so long")
 	cmd.Flags().StringArrayVar(&fields, "indexable-field", nil, "field that records are looked up by; may be repeated")
 	a.addOutputFlag(cmd)
 	a.addClientFlags(cmd)

@@ -9,7 +9,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc/codes"
@@ -259,7 +258,7 @@ func (w *watch) print(record *databroker.Record, options *databroker.TypedOption
 }
 
 func optionsSummary(options *databroker.Options) string {
-	b, err := toJSON(options)
+	b, err := plainJSON(options)
 	if err != nil {
 		return ""
 	}
@@ -277,14 +276,14 @@ var changeHeader = []string{"VERSION", "TIME", "CHANGE", "TYPE", "ID", "DATA"}
 func (p *changePrinter) write(out io.Writer, cells ...string) error {
 	var b strings.Builder
 	if p.widths == nil {
-		p.widths = []int{8, len(time.DateTime), len("options"), 16, 12, 0}
+		p.widths = []int{8, len("2006-01-02 15:04:05+00"), len("options"), 16, 12, 0}
 		p.row(&b, changeHeader)
 	}
 	for i := range cells {
 		cells[i] = cell(cells[i])
 		if i < len(cells)-1 {
 			const widest = 60
-			p.widths[i] = min(max(p.widths[i], utf8.RuneCountInString(cells[i])), max(widest, p.widths[i]))
+			p.widths[i] = min(max(p.widths[i], columnsOf(cells[i])), max(widest, p.widths[i]))
 		}
 	}
 	p.row(&b, cells)
@@ -300,7 +299,7 @@ func (p *changePrinter) row(b *strings.Builder, cells []string) {
 			line.WriteString(gap)
 		}
 		line.WriteString(text)
-		line.WriteString(strings.Repeat(" ", max(0, p.widths[i]-utf8.RuneCountInString(text))))
+		line.WriteString(strings.Repeat(" ", max(0, p.widths[i]-columnsOf(text))))
 	}
 	text := strings.TrimRight(line.String(), " ")
 	if p.width > 0 {

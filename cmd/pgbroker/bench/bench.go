@@ -18,6 +18,8 @@ import (
 
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
+
+	"pgbroker/cmd/pgbroker/duration"
 )
 
 // Deps is what the commands need of the program that they are part of.
@@ -204,8 +206,8 @@ func (c *common) flags(cmd *cobra.Command, clients int) {
 func (c *common) timeFlags(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.Float64Var(&c.load.rate, "rate", 0, "requests that are due each second, in all; 0 is a closed loop")
-	f.DurationVar(&c.load.warmup, "warmup", 2*time.Second, "time before anything is counted")
-	f.DurationVar(&c.load.duration, "duration", 10*time.Second, "time that is counted")
+	duration.Var(f, &c.load.warmup, "warmup", 2*time.Second, nil, "time before anything is counted")
+	duration.Var(f, &c.load.duration, "duration", 10*time.Second, nil, "time that is counted")
 }
 
 // validate checks the common flags.
@@ -448,11 +450,11 @@ become.`,
   pgbroker bench soak --sessions 20000 --interval 12s --duration 2m`,
 	}
 	cmd.Flags().IntVar(&o.sessions, "sessions", 20_000, "sessions that are in use")
-	cmd.Flags().DurationVar(&o.interval, "interval", 12*time.Second, "time in which each is patched once")
+	duration.Var(cmd.Flags(), &o.interval, "interval", 12*time.Second, nil, "time in which each is patched once")
 	cmd.Flags().StringVar(&o.schema, "schema", defaultSchema, "schema of the broker's tables")
 	c.flags(cmd, 16)
-	cmd.Flags().DurationVar(&c.load.warmup, "warmup", 2*time.Second, "time before anything is counted")
-	cmd.Flags().DurationVar(&c.load.duration, "duration", time.Minute, "time that is counted")
+	duration.Var(cmd.Flags(), &c.load.warmup, "warmup", 2*time.Second, nil, "time before anything is counted")
+	duration.Var(cmd.Flags(), &c.load.duration, "duration", time.Minute, nil, "time that is counted")
 	return c.scenario(cmd, func() error {
 		if o.interval < smallestTime || o.interval > longestLoad {
 			return c.Usage("--interval: got %v, want %v to %v", o.interval, smallestTime, longestLoad)
@@ -478,8 +480,8 @@ batches to a plain table, the round trip of a notification, and COPY. The table 
 	cmd.Flags().IntVar(&c.load.clients, "clients", 64, "clients that make requests at the same time")
 	cmd.Flags().IntVar(&streams, "streams", streams, "streams that each receive every event")
 	cmd.Flags().IntVar(&stored, "stored", stored, "records of listings")
-	cmd.Flags().DurationVar(&c.load.warmup, "warmup", time.Second, "time before anything is counted, each")
-	cmd.Flags().DurationVar(&c.load.duration, "duration", 4*time.Second, "time that is counted, each")
+	duration.Var(cmd.Flags(), &c.load.warmup, "warmup", time.Second, nil, "time before anything is counted, each")
+	duration.Var(cmd.Flags(), &c.load.duration, "duration", 4*time.Second, nil, "time that is counted, each")
 	c.outputFlags(cmd)
 	c.Flags(cmd)
 	cmd.Args = cobra.NoArgs
@@ -580,7 +582,7 @@ is shorter, and what does not fit is left out and said so.`,
   pgbroker bench all --budget 3m --largest 0 --report /tmp/bench.md`,
 	}
 	f := cmd.Flags()
-	f.DurationVar(&o.budget, "budget", o.budget, "longest that all of it may take")
+	duration.Var(f, &o.budget, "budget", o.budget, nil, "longest that all of it may take")
 	f.StringVar(&path, "report", path, "file to write the report to, as Markdown; the plots go into a directory of the same name beside it")
 	f.StringVar(&dir, "dir", "", "directory for the data of the own Postgres; it should be on a disk like that of a real one (default: the one for temporary files)")
 	f.IntVar(&o.clients, "clients", o.clients, "clients that make requests at the same time")
