@@ -386,8 +386,18 @@ func TestErrors(t *testing.T) {
 		{&pgconn.PgError{Code: "23505"}, false, false},
 		{&pgconn.PgError{Code: "57014"}, false, false},
 		{&pgconn.PgError{Code: "25006"}, true, true},
-		{&pgconn.PgError{Code: "40001"}, false, true},
-		{&pgconn.PgError{Code: "40P01"}, false, true},
+		{&pgconn.PgError{Code: "25006", SeverityUnlocalized: "FATAL"}, true, false},
+		{&pgconn.PgError{Code: "40001"}, true, true},
+		{&pgconn.PgError{Code: "40001", SeverityUnlocalized: "FATAL"}, true, false}, // a standby's, for the sake of its recovery
+		{&pgconn.PgError{Code: "40P01"}, true, true},
+		{&pgconn.PgError{Code: "40003"}, false, false}, // statement completion unknown
+		{&pgconn.PgError{Code: "0A000", Routine: "RevalidateCachedQuery"}, false, true},
+		{&pgconn.PgError{Code: "0A000"}, false, false},
+		{&pgconn.PgError{Code: "53000"}, true, false},
+		{&pgconn.PgError{Code: "53200"}, true, true},
+		{&pgconn.PgError{Code: "53400"}, false, false}, // the statement's own fault
+		{&pgconn.PgError{Code: "58P01"}, true, false},
+		{&pgconn.PgError{Code: "72000"}, true, false},
 		{&pgconn.PgError{Code: "53100"}, true, false},
 		{&pgconn.PgError{Code: "53300"}, true, false},
 		{&pgconn.PgError{Code: "58030"}, true, false},
@@ -410,6 +420,7 @@ func TestErrors(t *testing.T) {
 
 func TestRetry(t *testing.T) {
 	conflict, violation, lost := &pgconn.PgError{Code: "40001"}, &pgconn.PgError{Code: "23505"}, &pgconn.PgError{Code: "57P01"}
+	memory := &pgconn.PgError{Code: "53200"}
 	for _, tt := range []struct {
 		name  string
 		retry func(context.Context, func(context.Context) error) error
@@ -419,7 +430,9 @@ func TestRetry(t *testing.T) {
 	}{
 		{"success", db.Retry, []error{nil}, nil, 1},
 		{"once", db.Retry, []error{conflict, nil}, nil, 2},
-		{"not more", db.Retry, []error{conflict, conflict, nil}, conflict, 2},
+		{"some times", db.Retry, []error{conflict, conflict, conflict, conflict, nil}, nil, 5},
+		{"not more", db.Retry, []error{conflict, conflict, conflict, conflict, conflict, nil}, conflict, 5},
+		{"once for another reason", db.Retry, []error{memory, memory, nil}, memory, 2},
 		{"not applicable", db.Retry, []error{violation}, violation, 1},
 		{"lost write", db.Retry, []error{lost}, lost, 1},
 		{"lost read", db.RetryRead, []error{lost, nil}, nil, 2},

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"strings"
 
+	"github.com/jackc/pgerrcode"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"google.golang.org/grpc/codes"
@@ -28,6 +29,7 @@ var (
 	errOverloaded      = errors.New("the server is overloaded: too many writes are waiting")
 	errStopping        = errors.New("the server is shutting down")
 	errBlocked         = errors.New("another transaction in the database blocks writes; the server's log says which")
+	errUnfit           = errors.New("the database is not set up for this server; the server's log says what is wrong")
 	errPanicked        = errors.New("a request panicked") // logged where it is recovered
 )
 
@@ -40,12 +42,6 @@ func (e invalidError) Error() string { return e.message }
 func invalid(field, format string, args ...any) error {
 	return invalidError{field + ": " + fmt.Sprintf(format, args...)}
 }
-
-// SQLSTATE codes that mean something to callers. Source: PostgreSQL documentation, appendix A.
-const (
-	sqlQueryCanceled    = "57014" // statement_timeout
-	sqlLockNotAvailable = "55P03" // lock_timeout
-)
 
 // toStatus is the one table from errors to status codes. What a caller cannot act upon is logged and
 // hidden: a database error may quote data.
@@ -60,6 +56,7 @@ func toStatus(ctx context.Context, logger *slog.Logger, method string, err error
 	var limit *limitError
 	var pgErr *pgconn.PgError
 	var past *db.PastError
+	var unfit *db.UnfitError
 	switch {
 	case errors.As(err, &invalid), errors.Is(err, filter.ErrInvalid), errors.Is(err, projection.ErrInvalidPatch):
 		return status.Error(codes.InvalidArgument, bounded(err.Error()))
@@ -79,7 +76,7 @@ func toStatus(ctx context.Context, logger *slog.Logger, method string, err error
 		return status.Error(codes.ResourceExhausted, errOverloaded.Error())
 	case errors.Is(err, errStopping), errors.Is(err, changefeed.ErrStopped):
 		return status.Error(codes.Unavailable, errStopping.Error())
-	case errors.As(err, &pgErr) && pgErr.Code == sqlLockNotAvailable:
+	case errors.As(err, &pgErr) && pgErr.Code == pgerrcode.LockNotAvailable:
 		// blockerWatch logs it, once.
 		logger.DebugContext(ctx, "another transaction blocks writes", "method", method, "error", err)
 		return status.Error(codes.Unavailable, errBlocked.Error())
@@ -87,10 +84,17 @@ func toStatus(ctx context.Context, logger *slog.Logger, method string, err error
 		return status.Error(codes.Unavailable, errBlocked.Error())
 	case errors.As(err, &past): // logged by package db, which knows when it has said so
 		return status.Error(codes.Unavailable, "the database server is one that was left for a newer one")
+	case errors.As(err, &pgErr) && excessive(pgErr):
+		logger.WarnContext(ctx, "a request exceeds what the database allows", "method", method, "error", err)
+		return status.Error(codes.ResourceExhausted, "the request takes more than the database allows")
 	case db.IsUnavailable(err):
 		logger.WarnContext(ctx, "database unavailable", "method", method, "error", err)
-		return status.Error(codes.Unavailable, "the database is unavailable")
-	case errors.Is(err, context.DeadlineExceeded), errors.As(err, &pgErr) && pgErr.Code == sqlQueryCanceled:
+		return status.Error(codes.Unavailable, db.Condition(err))
+	case errors.As(err, &unfit), errors.As(err, &pgErr) && misconfigured(pgErr):
+		// Whoever runs the database can put this right, and then the same request succeeds.
+		logger.ErrorContext(ctx, "the database is not as this program needs it", "method", method, "error", err)
+		return status.Error(codes.Unavailable, errUnfit.Error())
+	case errors.Is(err, context.DeadlineExceeded), errors.As(err, &pgErr) && pgErr.Code == pgerrcode.QueryCanceled: // by statement_timeout
 		return status.Error(codes.DeadlineExceeded, "the request took too long")
 	case errors.Is(err, context.Canceled):
 		return status.Error(codes.Canceled, "the request was canceled")
@@ -104,6 +108,22 @@ func toStatus(ctx context.Context, logger *slog.Logger, method string, err error
 		logger.ErrorContext(ctx, "request failed", "method", method, "error", err)
 		return status.Error(codes.Internal, "internal error")
 	}
+}
+
+// misconfigured reports whether an error is one of a database that lacks rights or parts of the schema: somebody has revoked them, has
+// turned on row level security, or is restoring it.
+func misconfigured(err *pgconn.PgError) bool {
+	switch err.Code {
+	case pgerrcode.InsufficientPrivilege, pgerrcode.InvalidSchemaName, pgerrcode.UndefinedTable, pgerrcode.UndefinedFunction,
+		pgerrcode.UndefinedColumn:
+		return true
+	}
+	return false
+}
+
+// excessive reports whether a request alone exceeds a limit of the database: the space of temporary files, the depth of its stack.
+func excessive(err *pgconn.PgError) bool {
+	return err.Code == pgerrcode.ConfigurationLimitExceeded || pgerrcode.IsProgramLimitExceeded(err.Code)
 }
 
 // maxErrorBytes bounds messages that may quote the request: they travel in a header, of which proxies take

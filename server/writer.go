@@ -7,6 +7,7 @@ import (
 	"regexp"
 	"time"
 
+	"github.com/jackc/pgerrcode"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
@@ -108,10 +109,10 @@ func (r *writeRequest) conditional() bool {
 // would take as long again, one after the other; unless what has been waited for was the lock of a single row.
 func blamesRequest(err error) bool {
 	var pgErr *pgconn.PgError
-	if !errors.As(err, &pgErr) || db.IsUnavailable(err) || pgErr.Code == sqlQueryCanceled {
+	if !errors.As(err, &pgErr) || db.IsUnavailable(err) || misconfigured(pgErr) || pgErr.Code == pgerrcode.QueryCanceled {
 		return false
 	}
-	return pgErr.Code != sqlLockNotAvailable || rowPosition.MatchString(pgErr.Where)
+	return pgErr.Code != pgerrcode.LockNotAvailable || rowPosition.MatchString(pgErr.Where)
 }
 
 // rowPosition finds the position of a row in what Postgres says of where an error has happened, in any language.
