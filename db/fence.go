@@ -99,13 +99,18 @@ func (f *fence) guard(cfg *pgx.ConnConfig) {
 		return f.dial(ctx, network, address, names[address], dial)
 	}
 	cfg.ValidateConnect = func(ctx context.Context, conn *pgconn.PgConn) error {
-		// A server that is of no use is not even asked.
+		// A server that is of no use is not even asked. One that is used for want of a better one must pass as well.
+		var notPreferred error
 		if validate != nil {
-			if err := validate(ctx, conn); err != nil {
-				return err
+			notPreferred = validate(ctx, conn)
+			if err := new(pgconn.NotPreferredError); notPreferred != nil && !errors.As(notPreferred, &err) {
+				return notPreferred
 			}
 		}
-		return f.check(ctx, conn)
+		if err := f.check(ctx, conn); err != nil {
+			return err
+		}
+		return notPreferred
 	}
 }
 

@@ -20,6 +20,7 @@ import (
 
 	"pgbroker/db"
 	"pgbroker/db/dbtest"
+	"pgbroker/migrations"
 )
 
 // patience bounds what the tests wait for; nothing takes as long unless it is
@@ -319,6 +320,83 @@ func TestSeveralHosts(t *testing.T) {
 	}
 }
 
+// Without a server that is just what was asked for, one is taken that serves reads and streams, if it is not behind.
+func TestNoServerIsJustRight(t *testing.T) {
+	t.Parallel()
+	primary := dbtest.Server(t, nil)
+	standby := primary.Standby(nil)
+	readOnly := dbtest.Server(t, map[string]string{"default_transaction_read_only": "on"})
+	ends := map[string]string{primary.Addr(): "primary", standby.Addr(): "standby", readOnly.Addr(): "read-only"}
+	for _, tt := range []struct {
+		attrs string
+		hosts []*dbtest.Postgres
+		want  string // "": none
+	}{
+		{"", []*dbtest.Postgres{standby, readOnly}, "read-only"},
+		{"read-write", []*dbtest.Postgres{standby, readOnly}, "read-only"},
+		{"read-write", []*dbtest.Postgres{readOnly, standby}, "read-only"},
+		{"read-write", []*dbtest.Postgres{readOnly, standby, primary}, "primary"},
+		{"read-write", []*dbtest.Postgres{readOnly}, "read-only"},
+		{"read-write", []*dbtest.Postgres{standby}, ""},
+		{"primary", []*dbtest.Postgres{standby}, ""},
+		{"standby", []*dbtest.Postgres{primary}, "primary"},
+		{"standby", []*dbtest.Postgres{primary, standby}, "standby"},
+		{"read-only", []*dbtest.Postgres{primary}, "primary"},
+		{"read-only", []*dbtest.Postgres{primary, readOnly}, "read-only"},
+		{"prefer-standby", []*dbtest.Postgres{primary}, "primary"},
+	} {
+		name := tt.attrs
+		var addrs []string
+		for _, p := range tt.hosts {
+			addrs = append(addrs, p.Addr())
+			name += " " + ends[p.Addr()]
+		}
+		t.Run(name, func(t *testing.T) {
+			connString := dbtest.ConnString(addrs...)
+			if tt.attrs != "" {
+				connString += "&target_session_attrs=" + tt.attrs
+			}
+			d, _ := open(t, db.Config{ConnString: connString})
+			if tt.want == "" {
+				if _, err := d.Exec(t.Context(), "SELECT 1"); !db.IsUnavailable(err) {
+					t.Errorf("got %v", err)
+				}
+				return
+			}
+			if got := ends["127.0.0.1:"+get[string](t, d, "SELECT current_setting('port')")]; got != tt.want {
+				t.Errorf("led to the %s, want the %s", got, tt.want)
+			}
+			conn, err := d.Listen(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			conn.Close(t.Context())
+		})
+	}
+}
+
+// A server that is taken for want of a better one passes the fence like any other: here one that was left for its standby.
+func TestNoServerIsJustRightBehindTheFence(t *testing.T) {
+	t.Parallel()
+	old := dbtest.Server(t, nil)
+	config, err := pgx.ParseConfig(old.ConnString())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := migrations.Up(t.Context(), config); err != nil {
+		t.Fatal(err)
+	}
+	next := old.Standby(nil)
+	next.CatchUp(old)
+	next.Promote()
+	for _, attrs := range []string{"prefer-standby", "standby", "read-only"} {
+		d, _ := open(t, db.Config{ConnString: dbtest.ConnString(next.Addr(), old.Addr()) + "&target_session_attrs=" + attrs})
+		if got := "127.0.0.1:" + get[string](t, d, "SELECT current_setting('port')"); got != next.Addr() {
+			t.Errorf("%s led to the server in the past", attrs)
+		}
+	}
+}
+
 func TestTargetSessionAttrsFromEnvironment(t *testing.T) {
 	t.Setenv("PGTARGETSESSIONATTRS", "any")
 	d, log := open(t, db.Config{ConnString: "postgres://one,two/d"})
@@ -327,7 +405,7 @@ func TestTargetSessionAttrsFromEnvironment(t *testing.T) {
 	}
 	t.Setenv("PGTARGETSESSIONATTRS", "standby")
 	d, log = open(t, db.Config{ConnString: "postgres://one,two/d"})
-	if d.ConnConfig().ValidateConnect == nil || !strings.Contains(log.String(), "take no writes") {
+	if d.ConnConfig().ValidateConnect == nil || !strings.Contains(log.String(), "nothing can be revoked") {
 		t.Errorf("standby of the environment is not respected, or nobody warned:\n%s", log)
 	}
 }

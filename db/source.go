@@ -52,7 +52,8 @@ func newSource(name, text, file string, cfg Config, log *slog.Logger) (*source, 
 	case parsed.attrs == "" && len(hosts) > 1:
 		log.Warn("several hosts without target_session_attrs: using read-write", "source", name, "hosts", hosts)
 	case parsed.attrs == "read-only", parsed.attrs == "standby", parsed.attrs == "prefer-standby":
-		log.Warn("target_session_attrs leads to servers that take no writes", "source", name, "target_session_attrs", parsed.attrs)
+		log.Warn("target_session_attrs prefers servers that take no writes: nothing can be revoked by this replica while it uses one",
+			"source", name, "target_session_attrs", parsed.attrs)
 	}
 	if len(parsed.overruled) > 0 {
 		log.Warn("the connection string has settings that pgbroker's statements need otherwise; its own are used",
@@ -118,9 +119,7 @@ func (s *source) parse() (p parsed, err error) {
 	} else {
 		p.attrs = os.Getenv("PGTARGETSESSIONATTRS")
 	}
-	if p.attrs == "" && cfg.ValidateConnect == nil && len(hosts(cfg)) > 1 {
-		cfg.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
-	}
+	cfg.ValidateConnect = validateAttrs(p.attrs, len(hosts(cfg)) > 1)
 	_, p.named = given.RuntimeParams["application_name"]
 	s.setPoolDefaults(p.pool, given.RuntimeParams)
 	p.overruled = s.setSessionDefaults(cfg)
