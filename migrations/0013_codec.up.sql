@@ -24,6 +24,9 @@ CREATE FUNCTION pgbroker.wire_varint(n bigint) RETURNS bytea
 DECLARE
   digits bytea := '';
 BEGIN
+  IF n BETWEEN 0 AND 127 THEN
+    RETURN set_byte('\x00', 0, n::integer);
+  END IF;
   -- Seven bits a byte, the lowest first; a negative number is the unsigned one of the same bits.
   WHILE n NOT BETWEEN 0 AND 127 LOOP
     digits := digits || set_byte('\x00', 0, (n & 127)::integer | 128);
@@ -49,8 +52,15 @@ $$;
 COMMENT ON FUNCTION pgbroker.wire_reverse(bytea) IS 'Numbers of fixed size have their lowest byte first.';
 
 CREATE FUNCTION pgbroker.wire_bytes(number integer, content bytea) RETURNS bytea
-  LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+  -- Not in SQL, which takes several times as long unless it is inlined, as this could not be.
+  LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE AS $$
+BEGIN
+  IF number < 16 AND octet_length(content) < 128 THEN
+    RETURN set_byte(set_byte('\x0000', 0, number << 3 | 2), 1, octet_length(content)) || content;
+  END IF;
   RETURN pgbroker.wire_varint(number::bigint << 3 | 2) || pgbroker.wire_varint(octet_length(content)) || content;
+END
+$$;
 COMMENT ON FUNCTION pgbroker.wire_bytes(integer, bytea) IS 'A field whose value is text, bytes or a message.';
 
 CREATE FUNCTION pgbroker.wire_fields(message bytea, path text)
@@ -68,6 +78,7 @@ DECLARE
   begins integer;
   ends   integer;
 BEGIN
+  message := message || ''; -- or each byte is taken from one that is compressed
   WHILE place < size LOOP
     start := place;
     groups := '{}';
@@ -291,8 +302,6 @@ CREATE FUNCTION pgbroker.encode_value(value jsonb) RETURNS bytea
   LANGUAGE plpgsql IMMUTABLE STRICT AS $$
 DECLARE
   content bytea := '';
-  member  record;
-  element jsonb;
   n       numeric;
 BEGIN
   CASE jsonb_typeof(value)
@@ -322,36 +331,34 @@ COMMENT ON FUNCTION pgbroker.encode_value(jsonb) IS 'Any JSON as a google.protob
 
 CREATE FUNCTION pgbroker.encode_struct(value jsonb) RETURNS bytea
   LANGUAGE plpgsql IMMUTABLE STRICT AS $$
-DECLARE
-  fields  bytea := '';
-  member  record;
-  key     bytea;
-  content bytea;
 BEGIN
-  FOR member IN SELECT m.key, m.value FROM jsonb_each(value) AS m ORDER BY m.key COLLATE "C" LOOP
-    key := convert_to(member.key, 'UTF8');
-    content := pgbroker.encode_value(member.value);
-    content := '\x0a'::bytea || pgbroker.wire_varint(octet_length(key)) || key
-      || '\x12'::bytea || pgbroker.wire_varint(octet_length(content)) || content;
-    fields := fields || '\x0a'::bytea || pgbroker.wire_varint(octet_length(content)) || content;
-  END LOOP;
-  RETURN fields;
+  RETURN coalesce((
+    SELECT string_agg(
+      pgbroker.wire_bytes(1, pgbroker.wire_bytes(1, convert_to(m.key, 'UTF8')) || pgbroker.wire_bytes(2, pgbroker.encode_value(m.value))),
+      '' ORDER BY m.key COLLATE "C")
+    FROM jsonb_each(value) AS m), '');
 END
 $$;
 COMMENT ON FUNCTION pgbroker.encode_struct(jsonb) IS 'A JSON object as a google.protobuf.Struct.';
 
 CREATE FUNCTION pgbroker.encode_list(value jsonb) RETURNS bytea
   LANGUAGE plpgsql IMMUTABLE STRICT AS $$
-DECLARE
-  elements bytea := '';
-  element  jsonb;
-  content  bytea;
 BEGIN
-  FOR element IN SELECT * FROM jsonb_array_elements(value) LOOP
-    content := pgbroker.encode_value(element);
-    elements := elements || '\x0a'::bytea || pgbroker.wire_varint(octet_length(content)) || content;
-  END LOOP;
-  RETURN elements;
+  RETURN coalesce((
+    SELECT string_agg(
+      -- Most are short texts, such as the groups of a user; so many that a call for each would be most of the time.
+      CASE WHEN e.size < 126
+        THEN '\x0a'::bytea || set_byte('\x00', 0, e.size + 2) || '\x1a'::bytea || set_byte('\x00', 0, e.size) || e.words
+        ELSE pgbroker.wire_bytes(1, pgbroker.encode_value(e.element)) END,
+      '' ORDER BY e.place)
+    FROM (
+      SELECT t.element, t.words, octet_length(t.words) AS size, t.place
+      FROM (
+        SELECT a.element, a.place, CASE WHEN jsonb_typeof(a.element) = 'string' THEN convert_to(a.element #>> '{}', 'UTF8') END AS words
+        FROM jsonb_array_elements(value) WITH ORDINALITY AS a (element, place)
+        OFFSET 0 -- converted once
+      ) AS t
+    ) AS e), '');
 END
 $$;
 COMMENT ON FUNCTION pgbroker.encode_list(jsonb) IS 'A JSON list as a google.protobuf.ListValue.';
@@ -365,7 +372,8 @@ BEGIN
     WHEN 'object' THEN
       RETURN coalesce((SELECT jsonb_object_agg(m.key, pgbroker.as_doubles(m.value)) FROM jsonb_each(value) AS m), '{}');
     WHEN 'array' THEN
-      RETURN coalesce((SELECT jsonb_agg(pgbroker.as_doubles(e.value) ORDER BY e.place)
+      RETURN coalesce((SELECT jsonb_agg(CASE WHEN jsonb_typeof(e.value) IN ('number', 'object', 'array')
+                                          THEN pgbroker.as_doubles(e.value) ELSE e.value END ORDER BY e.place)
                        FROM jsonb_array_elements(value) WITH ORDINALITY AS e (value, place)), '[]');
     ELSE
       RETURN value;
@@ -629,38 +637,51 @@ CREATE FUNCTION pgbroker.encode_list_field(
   f pgbroker.message_fields, olds bytea[], before jsonb, value jsonb, path text, OUT encoded bytea, OUT shown jsonb)
   LANGUAGE plpgsql STABLE AS $$
 DECLARE
-  size      integer;
-  tag       bytea := pgbroker.wire_varint(f.number::bigint << 3 | pgbroker.wire_type(f.kind));
-  ends      bytea := CASE WHEN f.kind = 'group' THEN pgbroker.wire_varint(f.number::bigint << 3 | 4) ELSE '' END;
-  old_place integer;
-  taken     integer[] := '{}';
-  one       record;
+  tag  bytea := pgbroker.wire_varint(f.number::bigint << 3 | pgbroker.wire_type(f.kind));
+  ends bytea := CASE WHEN f.kind = 'group' THEN pgbroker.wire_varint(f.number::bigint << 3 | 4) ELSE '' END;
 BEGIN
   IF jsonb_typeof(value) <> 'array' THEN
     PERFORM pgbroker.refuse_value(path, 'must be a list');
   END IF;
-  size := jsonb_array_length(value);
-  encoded := '';
-  shown := '[]';
+  IF f.kind = 'string' AND NOT EXISTS (SELECT FROM jsonb_array_elements(value) AS e WHERE jsonb_typeof(e) <> 'string') THEN
+    SELECT coalesce(string_agg(
+        tag || CASE WHEN octet_length(e.words) < 128 THEN set_byte('\x00', 0, octet_length(e.words))
+                 ELSE pgbroker.wire_varint(octet_length(e.words)) END || e.words, '' ORDER BY e.place), '')
+      INTO encoded
+      FROM (SELECT convert_to(t.element, 'UTF8') AS words, t.place
+            FROM jsonb_array_elements_text(value) WITH ORDINALITY AS t (element, place) OFFSET 0) AS e;
+    shown := value;
+    RETURN;
+  END IF;
   IF jsonb_typeof(before) IS DISTINCT FROM 'array' OR cardinality(olds) <> jsonb_array_length(before) THEN
     olds := '{}';
+    before := '[]';
   END IF;
-  FOR i IN 0..size - 1 LOOP
-    -- What the element was before: the one in its place, if the list is as long as before; else one that looks the same.
-    old_place := NULL;
-    IF cardinality(olds) = size THEN
-      old_place := i;
-    ELSIF olds <> '{}' THEN
-      SELECT b.place - 1 INTO old_place FROM jsonb_array_elements(before) WITH ORDINALITY AS b (element, place)
-        WHERE b.element = value -> i AND b.place - 1 <> ALL (taken) ORDER BY b.place LIMIT 1;
-      taken := taken || old_place;
-    END IF;
-    SELECT * INTO one FROM pgbroker.encode_singular(
-      f.kind, f.type_name, olds[old_place + 1], before -> old_place, value -> i, format('%s[%s]', path, i));
-    encoded := encoded || CASE WHEN f.label = 'packed' THEN one.encoded ELSE tag || one.encoded || ends END;
-    shown := shown || jsonb_build_array(one.shown);
-  END LOOP;
-  IF f.label = 'packed' AND size > 0 THEN
+  SELECT coalesce(string_agg(CASE WHEN f.label = 'packed' THEN one.encoded ELSE tag || one.encoded || ends END, '' ORDER BY e.place), ''),
+         coalesce(jsonb_agg(one.shown ORDER BY e.place), '[]')
+    INTO encoded, shown
+    FROM (
+      -- What each element was before: the one in its place, if the list is as long as before; else one that looks the same,
+      -- the first for the first of such. Sorted together, since a join could be planned as one of each with each.
+      SELECT z.element, z.place, z.was, z.old
+      FROM ROWS FROM (jsonb_array_elements(value), jsonb_array_elements(before), unnest(olds)) WITH ORDINALITY AS z (element, was, old, place)
+      WHERE cardinality(olds) = jsonb_array_length(value)
+      UNION ALL
+      SELECT m.element, m.place, CASE WHEN m.old IS NOT NULL THEN m.element END, m.old
+      FROM (
+        SELECT n.element, n.place, n.is_now, first_value(n.old) OVER (PARTITION BY n.element, n.nth ORDER BY n.is_now) AS old
+        FROM (
+          SELECT v.element, v.place, true AS is_now, NULL::bytea AS old, row_number() OVER (PARTITION BY v.element ORDER BY v.place) AS nth
+          FROM jsonb_array_elements(value) WITH ORDINALITY AS v (element, place)
+          UNION ALL
+          SELECT b.element, b.place, false, b.old, row_number() OVER (PARTITION BY b.element ORDER BY b.place)
+          FROM ROWS FROM (jsonb_array_elements(before), unnest(olds)) WITH ORDINALITY AS b (element, old, place)
+        ) AS n
+      ) AS m
+      WHERE m.is_now AND cardinality(olds) <> jsonb_array_length(value)
+    ) AS e
+    CROSS JOIN LATERAL pgbroker.encode_singular(f.kind, f.type_name, e.old, e.was, e.element, format('%s[%s]', path, e.place - 1)) AS one;
+  IF f.label = 'packed' AND encoded <> '' THEN
     encoded := pgbroker.wire_bytes(f.number, encoded);
   END IF;
 END
@@ -672,41 +693,39 @@ CREATE FUNCTION pgbroker.encode_map_field(
   f pgbroker.message_fields, olds bytea[], before jsonb, value jsonb, path text, OUT encoded bytea, OUT shown jsonb)
   LANGUAGE plpgsql STABLE AS $$
 DECLARE
-  old_keys   text[] := '{}';
-  old_values bytea[] := '{}';
-  entry      bytea;
-  member     record;
-  key        record;
-  key_given  jsonb;
-  place      integer;
-  one        record;
+  key_tag   bytea := pgbroker.wire_varint(8 | pgbroker.wire_type(f.map_key));
+  value_tag bytea := pgbroker.wire_varint(16 | pgbroker.wire_type(f.kind));
+  entries   bigint;
 BEGIN
   IF jsonb_typeof(value) <> 'object' THEN
     PERFORM pgbroker.refuse_value(path, 'must be an object');
   END IF;
-  encoded := '';
-  shown := '{}';
-  IF f.kind = 'message' THEN
-    FOREACH entry IN ARRAY olds LOOP
-      old_keys := pgbroker.map_key(f.map_key, entry) || old_keys; -- the last one of a key counts: first here
-      old_values := (SELECT coalesce(string_agg(v.content, ''), '') FROM pgbroker.wire_fields(entry, path) v
-                     WHERE v.number = 2 AND v.wire = 2) || old_values;
-    END LOOP;
+  SELECT coalesce(string_agg(pgbroker.wire_bytes(f.number, key_tag || e.key_encoded || value_tag || one.encoded), '' ORDER BY e.name COLLATE "C"), ''),
+         coalesce(jsonb_object_agg(e.key, one.shown), '{}'), count(*)
+    INTO encoded, shown, entries
+    FROM (
+      -- The message that each key had before: of several with the same key the last one counts. Sorted together, as lists are.
+      SELECT m.name, m.key, m.key_encoded, m.element, first_value(m.old) OVER (PARTITION BY m.key ORDER BY m.is_now, m.place DESC) AS old, m.is_now
+      FROM (
+        SELECT g.key AS name, k.shown #>> '{}' AS key, k.encoded AS key_encoded, g.value AS element, NULL::bytea AS old, true AS is_now, 0::bigint AS place
+        FROM jsonb_each(value) AS g
+        CROSS JOIN LATERAL pgbroker.encode_scalar(f.map_key, NULL,
+          CASE WHEN f.map_key = 'bool' AND g.key IN ('true', 'false') THEN g.key::jsonb ELSE to_jsonb(g.key) END,
+          format('%s: the key %s', path, to_jsonb(g.key))) AS k
+        UNION ALL
+        SELECT NULL, pgbroker.map_key(f.map_key, o.entry), NULL, NULL,
+               (SELECT coalesce(string_agg(v.content, ''), '') FROM pgbroker.wire_fields(o.entry, path) AS v WHERE v.number = 2 AND v.wire = 2),
+               false, o.place
+        FROM unnest(olds) WITH ORDINALITY AS o (entry, place)
+        WHERE f.kind = 'message'
+      ) AS m
+    ) AS e
+    CROSS JOIN LATERAL pgbroker.encode_singular(
+      f.kind, f.type_name, e.old, before -> e.key, e.element, path || '.' || e.name) AS one
+    WHERE e.is_now;
+  IF (SELECT count(*) FROM jsonb_object_keys(shown)) <> entries THEN
+    PERFORM pgbroker.refuse_value(path, 'has a key twice');
   END IF;
-  FOR member IN SELECT m.key, m.value FROM jsonb_each(value) AS m ORDER BY m.key COLLATE "C" LOOP
-    key_given := CASE WHEN f.map_key = 'bool' AND member.key IN ('true', 'false') THEN member.key::jsonb ELSE to_jsonb(member.key) END;
-    SELECT * INTO key FROM pgbroker.encode_scalar(f.map_key, NULL, key_given, format('%s: the key %s', path, to_jsonb(member.key)));
-    IF shown ? (key.shown #>> '{}') THEN
-      PERFORM pgbroker.refuse_value(path, 'has a key twice');
-    END IF;
-    place := array_position(old_keys, key.shown #>> '{}');
-    SELECT * INTO one FROM pgbroker.encode_singular(
-      f.kind, f.type_name, old_values[place], before -> (key.shown #>> '{}'), member.value, path || '.' || member.key);
-    encoded := encoded || pgbroker.wire_bytes(f.number,
-      pgbroker.wire_varint(8 | pgbroker.wire_type(f.map_key)) || key.encoded
-      || pgbroker.wire_varint(16 | pgbroker.wire_type(f.kind)) || one.encoded);
-    shown := shown || jsonb_build_object(key.shown #>> '{}', one.shown);
-  END LOOP;
 END
 $$;
 COMMENT ON FUNCTION pgbroker.encode_map_field(pgbroker.message_fields, bytea[], jsonb, jsonb, text) IS
@@ -729,9 +748,8 @@ DECLARE
   gone     integer[] := '{}';
   numbers  integer[] := '{}';
   fields   bytea[] := '{}';
-  written  integer[] := '{}';
+  written  integer[];
   chosen   text[] := '{}';
-  place    integer;
 BEGIN
   IF jsonb_typeof(value) <> 'object' THEN
     PERFORM pgbroker.refuse_value(path, 'must be an object');
@@ -810,25 +828,27 @@ BEGIN
     END IF;
   END LOOP;
 
-  encoded := '';
-  IF old <> '' THEN
-    FOR f IN SELECT * FROM pgbroker.wire_fields(old, path) LOOP
-      IF f.number <> ALL (gone) THEN
-        encoded := encoded || f.raw;
-        CONTINUE;
-      END IF;
-      place := array_position(numbers, f.number);
-      IF place IS NOT NULL AND f.number <> ALL (written) THEN
-        encoded := encoded || fields[place];
-        written := written || f.number;
-      END IF;
-    END LOOP;
+  IF old = '' THEN
+    encoded := coalesce((SELECT string_agg(n.content, '' ORDER BY n.place) FROM unnest(fields) WITH ORDINALITY AS n (content, place)), '');
+    RETURN;
   END IF;
-  FOR i IN 1..cardinality(numbers) LOOP
-    IF numbers[i] <> ALL (written) THEN
-      encoded := encoded || fields[i];
-    END IF;
-  END LOOP;
+  -- What stays; in the place of the first occurrence of a field what it has become; and at the end what was not there.
+  SELECT coalesce(string_agg(w.content, '' ORDER BY w.place), ''), coalesce(array_agg(w.number) FILTER (WHERE w.is_new), '{}')
+    INTO encoded, written
+    FROM (
+      SELECT o.number, o.place, o.number = ANY (gone) AS is_new,
+             CASE WHEN o.number <> ALL (gone) THEN o.raw
+               WHEN o.nth = 1 THEN fields[array_position(numbers, o.number)] END AS content
+      FROM (
+        SELECT r.number, r.raw, r.ordinality AS place, row_number() OVER (PARTITION BY r.number ORDER BY r.ordinality) AS nth
+        FROM pgbroker.wire_fields(old, path) WITH ORDINALITY AS r
+      ) AS o
+    ) AS w
+    WHERE w.content IS NOT NULL;
+  encoded := encoded || coalesce((
+    SELECT string_agg(n.content, '' ORDER BY n.place)
+    FROM ROWS FROM (unnest(numbers), unnest(fields)) WITH ORDINALITY AS n (number, content, place)
+    WHERE n.number <> ALL (written)), '');
 END
 $$;
 COMMENT ON FUNCTION pgbroker.encode_fields(text, bytea, jsonb, jsonb, text) IS
@@ -839,7 +859,7 @@ COMMENT ON FUNCTION pgbroker.encode_fields(text, bytea, jsonb, jsonb, text) IS
 -- ---------------------------------------------------------------------------------------------
 
 CREATE FUNCTION pgbroker.encode_payload(
-  record_type text, old_payload bytea, before jsonb, value jsonb, record_id text DEFAULT NULL,
+  record_type text, old_payload bytea, before jsonb, value jsonb, record_id text DEFAULT NULL, searched boolean DEFAULT true,
   OUT payload bytea, OUT data jsonb, OUT search_text text, OUT index_cidr inet)
   LANGUAGE plpgsql STABLE AS $$
 DECLARE
@@ -893,7 +913,9 @@ BEGIN
 
   SELECT * INTO one FROM pgbroker.encode_message(of_type, coalesce(old_value, ''), before, value, 'data');
   data := one.shown;
-  search_text := pgbroker.search_text(of_type, one.shown);
+  IF searched THEN
+    search_text := pgbroker.search_text(of_type, one.shown);
+  END IF;
   IF looks IN ('struct', 'value') AND jsonb_typeof(one.shown) = 'object' THEN
     index_cidr := pgbroker.index_cidr(one.shown);
   END IF;
@@ -909,9 +931,9 @@ EXCEPTION WHEN invalid_parameter_value THEN
           DETAIL = format('In the record %s of type %s.', coalesce(quote_literal(record_id), 'without an id'), quote_literal(record_type));
 END
 $$;
-COMMENT ON FUNCTION pgbroker.encode_payload(text, bytea, jsonb, jsonb, text) IS
+COMMENT ON FUNCTION pgbroker.encode_payload(text, bytea, jsonb, jsonb, text, boolean) IS
   'What a record is written with when its data are set to a value: the payload, and what is projected from it. An old '
-  'payload and its data may be given: what they have and the value does not change stays. The id is for errors.';
+  'payload and its data may be given: what they have and the value does not change stays. The id is for errors; without searched, search_text is left out.';
 
 CREATE FUNCTION pgbroker.encode_record() RETURNS trigger
   LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -932,7 +954,7 @@ BEGIN
     old_payload := NEW.payload;
     before := OLD.data;
   END IF;
-  SELECT * INTO one FROM pgbroker.encode_payload(NEW.type, old_payload, before, NEW.data, NEW.id);
+  SELECT * INTO one FROM pgbroker.encode_payload(NEW.type, old_payload, before, NEW.data, NEW.id, false); -- search_written does the text
   NEW.payload := one.payload;
   NEW.data := one.data;
   NEW.index_cidr := one.index_cidr;

@@ -53,9 +53,10 @@ COMMENT ON FUNCTION pgbroker.searched_texts(text, jsonb) IS 'The strings of a pr
 CREATE FUNCTION pgbroker.search_text(of_type text, value jsonb) RETURNS text
   LANGUAGE sql STABLE STRICT
   -- U+001F stands between any two, and in none of them.
-  RETURN (SELECT string_agg(pgbroker.fold_case(words), E'\x1f')
-          FROM (SELECT translate(found, E'\x1f', '') FROM pgbroker.searched_texts(of_type, value) AS found) AS t (words)
-          WHERE words <> '');
+  RETURN pgbroker.fold_case((
+    SELECT string_agg(words, E'\x1f')
+    FROM (SELECT translate(found, E'\x1f', '') FROM pgbroker.searched_texts(of_type, value) AS found) AS t (words)
+    WHERE words <> ''));
 COMMENT ON FUNCTION pgbroker.search_text(text, jsonb) IS 'search_texts.search_text of a projection.';
 
 CREATE FUNCTION pgbroker.index_cidr(value jsonb) RETURNS inet
