@@ -11,11 +11,11 @@ import (
 )
 
 const blockersList = `-- name: BlockersList :many
-SELECT b.pid::integer AS pid, coalesce(b.user_name, '')::text AS user_name,
+SELECT b.pid::integer AS pid, coalesce(b.gid, '')::text AS gid, b.reason::text AS reason, b.remedy::text AS remedy,
+       coalesce(b.user_name, '')::text AS user_name,
        coalesce(b.application_name, '')::text AS application_name, coalesce(host(b.client_addr), '')::text AS client,
        coalesce(b.state, '')::text AS state, coalesce(b.transaction_started_at, 'epoch')::timestamptz AS transaction_started_at,
-       b.waiting, extract(epoch FROM clock_timestamp() - b.waiting_since)::double precision AS waiting_seconds,
-       coalesce(b.query, '')::text AS query
+       b.waiting, extract(epoch FROM clock_timestamp() - b.waiting_since)::double precision AS waiting_seconds
 FROM pgbroker.blockers b
 ORDER BY b.waiting_since, b.pid
 LIMIT $1::bigint
@@ -23,6 +23,9 @@ LIMIT $1::bigint
 
 type BlockersListRow struct {
 	Pid                  int32
+	Gid                  string
+	Reason               string
+	Remedy               string
 	UserName             string
 	ApplicationName      string
 	Client               string
@@ -30,16 +33,15 @@ type BlockersListRow struct {
 	TransactionStartedAt time.Time
 	Waiting              int64
 	WaitingSeconds       float64
-	Query                string
 }
 
-// Sessions that keep writers waiting, those that do so for longest first. What the server's role may not see is empty.
+// What keeps writers waiting, those that do so for longest first. What the server's role may not see is empty.
 //
-//	SELECT b.pid::integer AS pid, coalesce(b.user_name, '')::text AS user_name,
+//	SELECT b.pid::integer AS pid, coalesce(b.gid, '')::text AS gid, b.reason::text AS reason, b.remedy::text AS remedy,
+//	       coalesce(b.user_name, '')::text AS user_name,
 //	       coalesce(b.application_name, '')::text AS application_name, coalesce(host(b.client_addr), '')::text AS client,
 //	       coalesce(b.state, '')::text AS state, coalesce(b.transaction_started_at, 'epoch')::timestamptz AS transaction_started_at,
-//	       b.waiting, extract(epoch FROM clock_timestamp() - b.waiting_since)::double precision AS waiting_seconds,
-//	       coalesce(b.query, '')::text AS query
+//	       b.waiting, extract(epoch FROM clock_timestamp() - b.waiting_since)::double precision AS waiting_seconds
 //	FROM pgbroker.blockers b
 //	ORDER BY b.waiting_since, b.pid
 //	LIMIT $1::bigint
@@ -54,6 +56,9 @@ func (q *Queries) BlockersList(ctx context.Context, maxRows int64) ([]BlockersLi
 		var i BlockersListRow
 		if err := rows.Scan(
 			&i.Pid,
+			&i.Gid,
+			&i.Reason,
+			&i.Remedy,
 			&i.UserName,
 			&i.ApplicationName,
 			&i.Client,
@@ -61,7 +66,6 @@ func (q *Queries) BlockersList(ctx context.Context, maxRows int64) ([]BlockersLi
 			&i.TransactionStartedAt,
 			&i.Waiting,
 			&i.WaitingSeconds,
-			&i.Query,
 		); err != nil {
 			return nil, err
 		}

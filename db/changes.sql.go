@@ -141,56 +141,20 @@ func (q *Queries) ChangesAfter(ctx context.Context, arg ChangesAfterParams) ([]C
 }
 
 const changesPurgeTombstones = `-- name: ChangesPurgeTombstones :one
-WITH oldest AS (
-  SELECT c.version, c.changed_at FROM pgbroker.changes c
-  WHERE c.deleted AND c.version < (SELECT v.latest_version FROM pgbroker.versions v)
-  ORDER BY c.version LIMIT $1
-),
-purged AS (
-  DELETE FROM pgbroker.changes c
-  USING oldest o
-  WHERE c.version = ANY (ARRAY[o.version]) AND o.changed_at < clock_timestamp() - $2::interval -- by key, as in write_records
-  RETURNING c.type, c.version
-),
-noted AS (
-  UPDATE pgbroker.record_types t
-  SET purged_version = greatest(t.purged_version, p.version)
-  FROM (SELECT type, max(version) AS version FROM purged GROUP BY type) p
-  WHERE t.type = p.type
-)
-SELECT count(*) FROM purged
+SELECT pgbroker.purge_tombstones($1::bigint, $2::interval)::bigint AS purged
 `
 
 type ChangesPurgeTombstonesParams struct {
-	MaxRows   int32
+	MaxRows   int64
 	Retention time.Duration
 }
 
-// Removes tombstones past their retention, the oldest first, but never the newest change: it holds the
-// latest version. Notes per type how far, so that a stream that might have missed one starts over. Call
-// under the order lock.
+// Removes tombstones past their retention, the oldest first.
 //
-//	WITH oldest AS (
-//	  SELECT c.version, c.changed_at FROM pgbroker.changes c
-//	  WHERE c.deleted AND c.version < (SELECT v.latest_version FROM pgbroker.versions v)
-//	  ORDER BY c.version LIMIT $1
-//	),
-//	purged AS (
-//	  DELETE FROM pgbroker.changes c
-//	  USING oldest o
-//	  WHERE c.version = ANY (ARRAY[o.version]) AND o.changed_at < clock_timestamp() - $2::interval -- by key, as in write_records
-//	  RETURNING c.type, c.version
-//	),
-//	noted AS (
-//	  UPDATE pgbroker.record_types t
-//	  SET purged_version = greatest(t.purged_version, p.version)
-//	  FROM (SELECT type, max(version) AS version FROM purged GROUP BY type) p
-//	  WHERE t.type = p.type
-//	)
-//	SELECT count(*) FROM purged
+//	SELECT pgbroker.purge_tombstones($1::bigint, $2::interval)::bigint AS purged
 func (q *Queries) ChangesPurgeTombstones(ctx context.Context, arg ChangesPurgeTombstonesParams) (int64, error) {
 	row := q.db.QueryRow(ctx, changesPurgeTombstones, arg.MaxRows, arg.Retention)
-	var count int64
-	err := row.Scan(&count)
-	return count, err
+	var purged int64
+	err := row.Scan(&purged)
+	return purged, err
 }

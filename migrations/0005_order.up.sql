@@ -102,51 +102,96 @@ REVOKE EXECUTE ON FUNCTION pgbroker.take_order_lock() FROM PUBLIC;
 -- ---------------------------------------------------------------------------------------------
 
 CREATE VIEW pgbroker.blockers AS
-  WITH RECURSIVE order_lock AS (
-    SELECT l.pid, l.granted, l.waitstart
+  WITH RECURSIVE locks AS (
+    -- pg_locks is read once: each look at it stops all locking for a moment.
+    SELECT l.*, coalesce(l.locktype = 'advisory' AND l.objsubid = 1
+        AND l.classid = (7236837420591218 >> 32)::oid AND l.objid = (7236837420591218 & 4294967295)::oid, false) AS is_order_lock
     FROM pg_catalog.pg_locks l
-    WHERE l.locktype = 'advisory' AND l.objsubid = 1
-      AND l.classid = (7236837420591218 >> 32)::oid AND l.objid = (7236837420591218 & 4294967295)::oid
-      AND l.database = (SELECT d.oid FROM pg_catalog.pg_database d WHERE d.datname = current_database())
+    WHERE l.database IS NULL OR l.database = (SELECT d.oid FROM pg_catalog.pg_database d WHERE d.datname = current_database())
   ),
   -- Sessions that wait for the order lock, for a table of the schema or, while they hold the order lock, for
   -- anything at all, such as a row. Writers pass the order lock on within milliseconds: that is no blocking.
   waiting AS (
     SELECT l.pid, min(l.waitstart) AS since
-    FROM pg_catalog.pg_locks l
+    FROM locks l
     WHERE NOT l.granted AND l.waitstart < clock_timestamp() - interval '100 milliseconds'
-      AND (l.pid IN (SELECT o.pid FROM order_lock o)
-        OR l.relation IN (SELECT c.oid FROM pg_catalog.pg_class c WHERE c.relnamespace = 'pgbroker'::regnamespace)
-           AND l.database = (SELECT d.oid FROM pg_catalog.pg_database d WHERE d.datname = current_database()))
+      AND (l.is_order_lock
+        OR l.pid IN (SELECT o.pid FROM locks o WHERE o.is_order_lock)
+        OR l.relation IN (SELECT c.oid FROM pg_catalog.pg_class c WHERE c.relnamespace = 'pgbroker'::regnamespace))
     GROUP BY l.pid
   ),
   chain AS (
     SELECT w.pid AS waiter, w.since, b.pid
-    FROM waiting w CROSS JOIN unnest(pg_blocking_pids(w.pid)) AS b (pid)
+    FROM waiting w CROSS JOIN unnest(pg_catalog.pg_blocking_pids(w.pid)) AS b (pid)
     UNION
     SELECT c.waiter, c.since, b.pid
-    FROM chain c CROSS JOIN unnest(pg_blocking_pids(c.pid)) AS b (pid)
-  )
-  SELECT c.pid, a.usename AS user_name, a.application_name, a.client_addr, a.state,
-         a.backend_start AS connected_at, a.xact_start AS transaction_started_at, a.state_change AS state_changed_at,
-         count(DISTINCT c.waiter) AS waiting, min(c.since) AS waiting_since, a.query
-  FROM chain c
-  LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = c.pid
+    FROM chain c CROSS JOIN unnest(pg_catalog.pg_blocking_pids(c.pid)) AS b (pid)
+    WHERE c.pid <> 0
+  ),
   -- Only those at the end of the chain: who waits is no cause.
-  WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_locks l WHERE l.pid = c.pid AND NOT l.granted)
-  GROUP BY c.pid, a.usename, a.application_name, a.client_addr, a.state, a.backend_start, a.xact_start, a.state_change, a.query;
+  causes AS (
+    SELECT c.pid, count(DISTINCT c.waiter) AS waiting, min(c.since) AS waiting_since
+    FROM chain c
+    WHERE c.pid = 0 OR NOT EXISTS (SELECT FROM locks l WHERE l.pid = c.pid AND NOT l.granted)
+    GROUP BY c.pid
+  ),
+  -- A prepared transaction has no session: PostgreSQL names it 0. It is found by what it holds and a session of the chain wants.
+  prepared AS (
+    SELECT DISTINCT p.gid, p.owner, p.prepared
+    FROM locks want
+    JOIN locks held ON held.pid IS NULL AND held.granted
+      AND (held.locktype, held.relation, held.page, held.tuple, held.virtualxid, held.transactionid, held.classid, held.objid, held.objsubid)
+        IS NOT DISTINCT FROM
+          (want.locktype, want.relation, want.page, want.tuple, want.virtualxid, want.transactionid, want.classid, want.objid, want.objsubid)
+    JOIN locks self ON self.pid IS NULL AND self.locktype = 'transactionid' AND self.virtualtransaction = held.virtualtransaction
+    JOIN pg_catalog.pg_prepared_xacts p ON p.transaction = self.transactionid
+    WHERE NOT want.granted AND want.pid IN (SELECT c.waiter FROM chain c UNION SELECT c.pid FROM chain c)
+  ),
+  -- A commit keeps its locks until the synchronous standby has answered, also while nobody waits behind it yet.
+  unconfirmed AS (
+    SELECT a.pid, a.state_change AS since
+    FROM pg_catalog.pg_stat_activity a
+    WHERE a.wait_event = 'SyncRep' AND a.datname = current_database()
+      AND a.state_change < clock_timestamp() - interval '100 milliseconds'
+      AND a.pid IN (SELECT o.pid FROM locks o WHERE o.is_order_lock AND o.granted)
+  ),
+  blocking AS (
+    SELECT coalesce(c.pid, u.pid) AS pid, coalesce(c.waiting, 0) AS waiting, least(c.waiting_since, u.since) AS waiting_since
+    FROM (SELECT * FROM causes WHERE causes.pid <> 0) c FULL JOIN unconfirmed u USING (pid)
+  )
+  SELECT b.pid, NULL::text AS gid, a.usename AS user_name, a.application_name, a.client_addr, a.state,
+         CASE WHEN a.wait_event = 'SyncRep' THEN 'synchronous standby'
+              WHEN a.state LIKE 'idle in transaction%' THEN 'open transaction'
+              WHEN a.state IS NOT NULL THEN 'running statement'
+              ELSE 'unknown' END AS reason,
+         a.backend_start AS connected_at, a.xact_start AS transaction_started_at, a.state_change AS state_changed_at,
+         b.waiting, b.waiting_since,
+         CASE WHEN a.wait_event = 'SyncRep'
+              THEN 'bring the standby back, or take it out of synchronous_standby_names and run SELECT pg_reload_conf()'
+              ELSE pg_catalog.format('SELECT pg_terminate_backend(%s)', b.pid) END AS remedy,
+         a.query
+  FROM blocking b
+  LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = b.pid
+  UNION ALL
+  SELECT 0, p.gid, p.owner, NULL, NULL, NULL, 'prepared transaction', NULL, NULL, p.prepared,
+         c.waiting, c.waiting_since, pg_catalog.format('ROLLBACK PREPARED %L', p.gid), NULL
+  FROM causes c CROSS JOIN prepared p
+  WHERE c.pid = 0;
 COMMENT ON VIEW pgbroker.blockers IS
-  'Sessions whose open transactions keep writers waiting, usually a transaction that somebody has forgotten: nothing is '
-  'revoked meanwhile. pg_terminate_backend(pid) ends one. Of other roles'' sessions only members of pg_read_all_stats '
-  'see state, times and query.';
-COMMENT ON COLUMN pgbroker.blockers.pid IS 'Process of the session; 0 is a prepared transaction (pg_prepared_xacts).';
-COMMENT ON COLUMN pgbroker.blockers.user_name IS 'Role of the session.';
+  'What keeps writers waiting, usually a transaction that somebody has forgotten: nothing is revoked meanwhile. The column remedy '
+  'has what ends it. Of other roles'' sessions only members of pg_read_all_stats see state, times and query.';
+COMMENT ON COLUMN pgbroker.blockers.pid IS 'Process of the session; 0 is a prepared transaction.';
+COMMENT ON COLUMN pgbroker.blockers.gid IS 'Name of the prepared transaction; NULL is a session.';
+COMMENT ON COLUMN pgbroker.blockers.user_name IS 'Role of the session, or owner of the prepared transaction.';
 COMMENT ON COLUMN pgbroker.blockers.application_name IS 'What the session calls itself.';
 COMMENT ON COLUMN pgbroker.blockers.client_addr IS 'Where it comes from; NULL over a socket.';
 COMMENT ON COLUMN pgbroker.blockers.state IS 'What it is doing: "idle in transaction" is doing nothing.';
+COMMENT ON COLUMN pgbroker.blockers.reason IS
+  'open transaction, running statement, prepared transaction, synchronous standby (a commit that waits for one), or unknown.';
 COMMENT ON COLUMN pgbroker.blockers.connected_at IS 'When the session began.';
 COMMENT ON COLUMN pgbroker.blockers.transaction_started_at IS 'When its transaction began.';
-COMMENT ON COLUMN pgbroker.blockers.state_changed_at IS 'Since when it is in that state.';
+COMMENT ON COLUMN pgbroker.blockers.state_changed_at IS 'Since when it is in that state, or prepared.';
 COMMENT ON COLUMN pgbroker.blockers.waiting IS 'How many sessions wait for it.';
 COMMENT ON COLUMN pgbroker.blockers.waiting_since IS 'Since when the one that has waited longest waits.';
+COMMENT ON COLUMN pgbroker.blockers.remedy IS 'What ends it.';
 COMMENT ON COLUMN pgbroker.blockers.query IS 'What it runs, or ran last: not always what has taken the lock.';

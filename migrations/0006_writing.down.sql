@@ -1,3 +1,6 @@
+DROP TRIGGER changes_guard_truncate ON pgbroker.changes;
+DROP TRIGGER changes_guard ON pgbroker.changes;
+DROP FUNCTION pgbroker.guard_changes;
 DROP FUNCTION pgbroker.write_records;
 DROP TRIGGER records_clear ON pgbroker.records;
 DROP FUNCTION pgbroker.forget_everything;

@@ -350,3 +350,36 @@ COMMENT ON FUNCTION pgbroker.write_records(text[], text[], boolean[], bytea[], t
   'Writes or deletes records given as parallel arrays, all or nothing, and returns the changes made. Keys must be distinct. '
   'Empty text stands for NULL. Records of one request belong together: where expected is above 0 and not the version of '
   'the record, nothing of that request is written and none of its changes returned. Deleting an absent record is no change.';
+
+-- ---------------------------------------------------------------------------------------------
+-- The change log is no place for hands
+-- ---------------------------------------------------------------------------------------------
+
+CREATE FUNCTION pgbroker.guard_changes() RETURNS trigger
+  LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+  IF TG_OP = 'DELETE' AND OLD.deleted THEN
+    -- Whoever might have missed it starts over.
+    UPDATE pgbroker.record_types t SET purged_version = OLD.version WHERE t.type = OLD.type AND t.purged_version < OLD.version;
+    UPDATE pgbroker.state s SET base_version = OLD.version WHERE s.base_version < OLD.version
+      AND NOT EXISTS (SELECT FROM pgbroker.changes c WHERE c.version > OLD.version);
+    RETURN OLD;
+  ELSIF TG_OP = 'DELETE' AND NOT EXISTS (
+    SELECT FROM pgbroker.records r WHERE r.type = OLD.type AND r.id = OLD.id AND r.version = OLD.version)
+  THEN
+    RETURN OLD; -- pgbroker.repair_records
+  END IF;
+  RAISE EXCEPTION 'the change log is kept by triggers: a stream would not hear of what is changed in it by hand'
+    USING ERRCODE = 'integrity_constraint_violation', SCHEMA = 'pgbroker', TABLE = 'changes',
+      HINT = 'Change pgbroker.records instead. TRUNCATE pgbroker.records makes every client start over.';
+END
+$$;
+COMMENT ON FUNCTION pgbroker.guard_changes() IS
+  'Trigger: tombstones may be removed from the change log, and then streams that might have missed them start over. Nothing else may be changed in it by hand.';
+REVOKE EXECUTE ON FUNCTION pgbroker.guard_changes() FROM PUBLIC;
+
+-- Depth 0: what the triggers of records do is right, and is not slowed down.
+CREATE TRIGGER changes_guard BEFORE UPDATE OR DELETE ON pgbroker.changes
+  FOR EACH ROW WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION pgbroker.guard_changes();
+CREATE TRIGGER changes_guard_truncate BEFORE TRUNCATE ON pgbroker.changes
+  FOR EACH STATEMENT EXECUTE FUNCTION pgbroker.guard_changes();

@@ -1,3 +1,4 @@
+DROP FUNCTION pgbroker.purge_tombstones;
 DROP FUNCTION pgbroker.end_excess_records;
 DROP FUNCTION pgbroker.end_idle_records;
 DROP FUNCTION pgbroker.expire_by_ttl;

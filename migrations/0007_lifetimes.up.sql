@@ -235,3 +235,41 @@ END
 $$;
 COMMENT ON FUNCTION pgbroker.end_excess_records(text, text[], bigint[]) IS
   'Deletes records above the limit of their user, unless they were written since, and returns how many.';
+
+CREATE FUNCTION pgbroker.purge_tombstones(max_rows bigint, retention interval) RETURNS bigint
+  LANGUAGE plpgsql
+  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
+  SET search_path = pg_catalog, pg_temp
+  AS $$
+DECLARE
+  purged bigint[];
+  n      bigint;
+BEGIN
+  purged := ARRAY(
+    SELECT o.version
+    FROM (
+      SELECT c.version, c.changed_at FROM pgbroker.changes c
+      WHERE c.deleted AND c.version < (SELECT v.latest_version FROM pgbroker.versions v)
+      ORDER BY c.version LIMIT max_rows
+    ) o
+    WHERE o.changed_at < clock_timestamp() - retention);
+  IF purged = '{}' THEN
+    RETURN 0;
+  END IF;
+  LOCK TABLE pgbroker.records IN ROW EXCLUSIVE MODE;
+  PERFORM pgbroker.lock_order();
+  UPDATE pgbroker.record_types t
+    SET purged_version = p.version
+    FROM (SELECT c.type, max(c.version) AS version FROM unnest(purged) AS o (version) JOIN pgbroker.changes c ON c.version = ANY (ARRAY[o.version])
+          GROUP BY c.type) p
+    WHERE t.type = p.type AND t.purged_version < p.version;
+  DELETE FROM pgbroker.changes c
+    USING unnest(purged) AS o (version)
+    WHERE c.version = ANY (ARRAY[o.version]) AND c.deleted; -- by key, as in write_records
+  GET DIAGNOSTICS n = ROW_COUNT;
+  RETURN n;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.purge_tombstones(bigint, interval) IS
+  'Removes tombstones past their retention, the oldest first, but never the newest change, which holds the latest version; and notes by '
+  'type how far, so that a stream that might have missed one starts over. Returns how many.';

@@ -3,7 +3,7 @@
 CREATE TABLE pgbroker.audit (
   number      bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
   at          timestamptz NOT NULL DEFAULT clock_timestamp(),
-  cause       text        NOT NULL CHECK (cause IN ('request', 'sql', 'expiry', 'idle', 'ttl', 'limit', 'capacity', 'clear')),
+  cause       text        NOT NULL CHECK (cause IN ('request', 'sql', 'expiry', 'idle', 'ttl', 'limit', 'capacity', 'clear', 'repair')),
   type        text        COLLATE "C" NOT NULL,
   id          text        COLLATE "C",
   user_id     text,
@@ -18,7 +18,7 @@ COMMENT ON TABLE  pgbroker.audit IS
 COMMENT ON COLUMN pgbroker.audit.number IS 'Order of the entries.';
 COMMENT ON COLUMN pgbroker.audit.at IS 'When, by the database''s clock.';
 COMMENT ON COLUMN pgbroker.audit.cause IS
-  'request: of a gRPC client; sql: a statement; expiry, idle, ttl, limit, capacity: an option of the type; clear: everything was deleted.';
+  'request: of a gRPC client; sql: a statement; expiry, idle, ttl, limit, capacity: an option of the type; clear: everything was deleted; repair: pgbroker check found that it was gone.';
 COMMENT ON COLUMN pgbroker.audit.type IS 'Type of the record.';
 COMMENT ON COLUMN pgbroker.audit.id IS 'Id of the record; NULL after clear.';
 COMMENT ON COLUMN pgbroker.audit.user_id IS 'User whom the record belonged to, if it said so.';

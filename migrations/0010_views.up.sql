@@ -607,7 +607,7 @@ CREATE VIEW pgbroker.revocations AS
 COMMENT ON VIEW pgbroker.revocations IS 'Who revoked what, when, how and from where: the audit for people.';
 COMMENT ON COLUMN pgbroker.revocations.at IS 'When.';
 COMMENT ON COLUMN pgbroker.revocations.cause IS
-  'request: of a gRPC client; sql: a statement; expiry, idle, ttl, limit, capacity: an option of the type; clear: everything was deleted.';
+  'request: of a gRPC client; sql: a statement; expiry, idle, ttl, limit, capacity: an option of the type; clear: everything was deleted; repair: pgbroker check found that it was gone.';
 COMMENT ON COLUMN pgbroker.revocations.what IS 'Type of the record, short.';
 COMMENT ON COLUMN pgbroker.revocations.id IS 'Id of the record; NULL after clear.';
 COMMENT ON COLUMN pgbroker.revocations.user_id IS 'User whom it belonged to.';

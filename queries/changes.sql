@@ -36,24 +36,5 @@ LEFT JOIN (
 ORDER BY c.version;
 
 -- name: ChangesPurgeTombstones :one
--- Removes tombstones past their retention, the oldest first, but never the newest change: it holds the
--- latest version. Notes per type how far, so that a stream that might have missed one starts over. Call
--- under the order lock.
-WITH oldest AS (
-  SELECT c.version, c.changed_at FROM pgbroker.changes c
-  WHERE c.deleted AND c.version < (SELECT v.latest_version FROM pgbroker.versions v)
-  ORDER BY c.version LIMIT @max_rows
-),
-purged AS (
-  DELETE FROM pgbroker.changes c
-  USING oldest o
-  WHERE c.version = ANY (ARRAY[o.version]) AND o.changed_at < clock_timestamp() - @retention::interval -- by key, as in write_records
-  RETURNING c.type, c.version
-),
-noted AS (
-  UPDATE pgbroker.record_types t
-  SET purged_version = greatest(t.purged_version, p.version)
-  FROM (SELECT type, max(version) AS version FROM purged GROUP BY type) p
-  WHERE t.type = p.type
-)
-SELECT count(*) FROM purged;
+-- Removes tombstones past their retention, the oldest first.
+SELECT pgbroker.purge_tombstones(@max_rows::bigint, @retention::interval)::bigint AS purged;

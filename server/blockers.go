@@ -4,7 +4,7 @@ import (
 	"cmp"
 	"context"
 	"log/slog"
-	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -23,9 +23,9 @@ const (
 	blockerGrace = 5
 )
 
-// blockerWatch looks for sessions of the database that keep writers waiting, such as a transaction that somebody has
-// left open in psql: while it holds the order lock, nothing is revoked. It logs each one once when it has blocked for a
-// while and once when it is over, and shows those of the moment as a metric.
+// blockerWatch looks for what keeps writers waiting, such as a transaction that somebody has left open in psql, one that
+// was prepared and forgotten, or a commit that waits for a synchronous standby: meanwhile nothing is revoked. It logs each
+// one once when it has blocked for a while and once when it is over, and shows those of the moment as a metric.
 type blockerWatch struct {
 	queries *db.Queries
 	logger  *slog.Logger
@@ -34,10 +34,9 @@ type blockerWatch struct {
 	reported atomic.Pointer[[]blocker] // those of the latest look; nil before the first
 }
 
-// blocker is a session that keeps writers waiting.
+// blocker is a session, or a prepared transaction, that keeps writers waiting.
 type blocker struct {
 	db.BlockersListRow
-	query    string // what it runs, without anything that could be a secret
 	since    time.Time
 	seen     time.Time // at the latest look that has found it
 	reported bool
@@ -45,11 +44,12 @@ type blocker struct {
 
 // blockerID tells transactions apart: a session that blocks a second time is news.
 type blockerID struct {
-	pid         int32
+	pid         int32  // 0: a prepared transaction
+	gid         string // "": a session
 	transaction time.Time
 }
 
-func (b *blocker) id() blockerID { return blockerID{b.Pid, b.TransactionStartedAt} }
+func (b *blocker) id() blockerID { return blockerID{b.Pid, b.Gid, b.TransactionStartedAt} }
 
 // run watches until ctx ends.
 func (w *blockerWatch) run(ctx context.Context) {
@@ -78,7 +78,7 @@ func (w *blockerWatch) run(ctx context.Context) {
 func (w *blockerWatch) note(ctx context.Context, known map[blockerID]*blocker, rows []db.BlockersListRow, now time.Time) map[blockerID]*blocker {
 	current := make(map[blockerID]*blocker, len(rows))
 	for i := range rows {
-		b := &blocker{BlockersListRow: rows[i], query: redactQuery(rows[i].Query), seen: now}
+		b := &blocker{BlockersListRow: rows[i], seen: now}
 		b.since = now.Add(-time.Duration(b.WaitingSeconds * float64(time.Second)))
 		if before := known[b.id()]; before != nil {
 			b.reported = before.reported
@@ -94,8 +94,8 @@ func (w *blockerWatch) note(ctx context.Context, known map[blockerID]*blocker, r
 		case now.Sub(before.seen) < blockerGrace*w.after:
 			current[id] = before
 		case before.reported:
-			w.logger.InfoContext(ctx, "the transaction does not block writes any more", "pid", before.Pid,
-				"blocked_for", before.seen.Sub(before.since).Round(time.Millisecond))
+			w.logger.InfoContext(ctx, "writes are not blocked any more",
+				append(before.name(), "blocked_for", before.seen.Sub(before.since).Round(time.Millisecond))...)
 		}
 	}
 	var reported []blocker
@@ -105,8 +105,7 @@ func (w *blockerWatch) note(ctx context.Context, known map[blockerID]*blocker, r
 		}
 		if !b.reported {
 			b.reported = true
-			w.logger.WarnContext(ctx, "a transaction of another session blocks writes; nothing is written or revoked until it ends",
-				b.attrs()...)
+			w.logger.WarnContext(ctx, blockerMessage(b.Reason), b.attrs()...)
 		}
 		reported = append(reported, *b)
 	}
@@ -114,29 +113,61 @@ func (w *blockerWatch) note(ctx context.Context, known map[blockerID]*blocker, r
 	return current
 }
 
+// The reasons that the view pgbroker.blockers knows beside the usual ones.
+const (
+	reasonPrepared    = "prepared transaction"
+	reasonSyncStandby = "synchronous standby"
+)
+
+// blockerMessage says what has happened, by the reason that the view pgbroker.blockers gives.
+func blockerMessage(reason string) string {
+	switch reason {
+	case reasonPrepared:
+		return "a prepared transaction blocks writes; nothing is written or revoked until it is rolled back or committed"
+	case reasonSyncStandby:
+		return "a commit waits for a synchronous standby; nothing is written or revoked until that answers"
+	}
+	return "a transaction of another session blocks writes; nothing is written or revoked until it ends"
+}
+
+// name is what tells it from others. What it runs is not said: a query may quote secrets. The view shows it to those who may see it.
+func (b *blocker) name() []any {
+	if b.Gid != "" {
+		return []any{"gid", b.Gid, "user", b.UserName}
+	}
+	return []any{"pid", b.Pid, "user", b.UserName, "application_name", b.ApplicationName, "client", b.Client}
+}
+
 func (b *blocker) attrs() []any {
-	attrs := []any{
-		"pid", b.Pid, "user", b.UserName, "application_name", b.ApplicationName, "client", b.Client,
-		"state", cmp.Or(b.State, "hidden from this role"), "waiting_sessions", b.Waiting,
-		"blocks_for", b.seen.Sub(b.since).Round(time.Millisecond), "query", b.query,
+	attrs := append(b.name(), "reason", b.Reason, "waiting_sessions", b.Waiting, "blocks_for", b.seen.Sub(b.since).Round(time.Millisecond))
+	if b.Gid == "" {
+		attrs = append(attrs, "state", cmp.Or(b.State, "hidden from this role"))
 	}
 	if b.TransactionStartedAt.Unix() > 0 {
 		attrs = append(attrs, "transaction_started_at", b.TransactionStartedAt)
 	}
-	return append(attrs, "to_end_it", "SELECT pg_terminate_backend("+strconv.Itoa(int(b.Pid))+")")
+	return append(attrs, "to_end_it", b.Remedy)
 }
 
-// active reports whether a session blocks writes at the moment.
-func (w *blockerWatch) active() bool {
+// cause returns why writes fail at the moment; nil if nothing blocks them.
+func (w *blockerWatch) cause() error {
 	reported := w.reported.Load()
-	return reported != nil && len(*reported) > 0
+	if reported == nil || len(*reported) == 0 {
+		return nil
+	}
+	for _, b := range *reported {
+		if b.Reason == reasonSyncStandby {
+			return errUnconfirmed
+		}
+	}
+	return errBlocked
 }
 
-// blockingSeconds describes the metric that blockerWatch collects: a series for each session that blocks, as long as it
-// does.
+// blockingSeconds describes the metric that blockerWatch collects: a series for each reason for which writes are blocked, as
+// long as they are. Who it is, the log and the view say: sessions have no bound.
 var blockingSeconds = prometheus.NewDesc("pgbroker_blocking_session_seconds",
-	"How long a session of the database has kept writers waiting with an open transaction; there is none while nobody does.",
-	[]string{"pid", "user", "application_name", "state", "query"}, nil)
+	"How long a session, a prepared transaction or a lost synchronous standby has kept writers waiting; there is none while nothing does.",
+	[]string{"reason"}, nil)
 
 // Describe implements prometheus.Collector.
 func (w *blockerWatch) Describe(descs chan<- *prometheus.Desc) { descs <- blockingSeconds }
@@ -147,14 +178,11 @@ func (w *blockerWatch) Collect(metrics chan<- prometheus.Metric) {
 	if reported == nil {
 		return
 	}
-	seen := make(map[int32]bool, len(*reported))
-	for i := range *reported {
-		b := &(*reported)[i]
-		if seen[b.Pid] {
-			continue // prepared transactions are all of process 0, and a series must not come twice
-		}
-		seen[b.Pid] = true
-		metrics <- prometheus.MustNewConstMetric(blockingSeconds, prometheus.GaugeValue, b.seen.Sub(b.since).Seconds(),
-			strconv.Itoa(int(b.Pid)), toValidText(b.UserName), toValidText(b.ApplicationName), toValidText(b.State), toValidText(b.query))
+	longest := make(map[string]time.Duration)
+	for _, b := range *reported {
+		longest[b.Reason] = max(longest[b.Reason], b.seen.Sub(b.since))
+	}
+	for reason, since := range longest {
+		metrics <- prometheus.MustNewConstMetric(blockingSeconds, prometheus.GaugeValue, since.Seconds(), strings.ReplaceAll(reason, " ", "_"))
 	}
 }

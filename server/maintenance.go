@@ -267,18 +267,9 @@ func inBatches(ids []string, versions []int64, do func(ids []string, versions []
 	return done, nil
 }
 
-// purgeTombstones removes a batch of tombstones, under the order lock from the start: taking it after rows
-// could deadlock with Clear.
-func (m *maintenance) purgeTombstones(ctx context.Context) (purged int64, err error) {
-	err = pgx.BeginFunc(ctx, m.db, func(tx pgx.Tx) error {
-		queries := db.New(tx)
-		if err := queries.OrderLock(ctx); err != nil {
-			return err
-		}
-		purged, err = queries.ChangesPurgeTombstones(ctx, db.ChangesPurgeTombstonesParams{Retention: m.retention, MaxRows: maintenanceBatch})
-		return err
-	})
-	return purged, err
+// purgeTombstones removes a batch of tombstones.
+func (m *maintenance) purgeTombstones(ctx context.Context) (int64, error) {
+	return m.queries.ChangesPurgeTombstones(ctx, db.ChangesPurgeTombstonesParams{Retention: m.retention, MaxRows: maintenanceBatch})
 }
 
 // drain runs a job batch by batch until a batch is not full, and returns how many rows that were.

@@ -40,7 +40,7 @@ func newMetrics() *metrics {
 		}, []string{"task"}),
 	}
 	for _, task := range []string{
-		"change feed", "listener", "registered services", "message types", "periodic work", "watch for blockers", "health", "keys",
+		"change feed", "listener", "registered services", "message types", "periodic work", "watch for blockers", "watch for problems", "health", "keys",
 		"encoding of a record", "page of SyncLatest", "metrics",
 	} {
 		m.panics.WithLabelValues(task) // a metric that is there before it is needed

@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"log/slog"
+	"strings"
 	"sync"
 	"time"
 
@@ -129,3 +130,6 @@ func (m *misfits) Collect(metrics chan<- prometheus.Metric) {
 		}
 	}
 }
+
+// toValidText makes a text from the database fit for the label of a metric.
+func toValidText(text string) string { return strings.ToValidUTF8(text, "?") }

@@ -199,12 +199,13 @@ func (s *brokerServer) merge(ctx context.Context, request *databroker.PatchReque
 	return rows, records, nil
 }
 
-// write performs a request. One that has waited in vain for others, who wait for a transaction that somebody has left open,
-// is told so.
+// write performs a request. One that has waited in vain because something blocks writes is told what.
 func (s *brokerServer) write(ctx context.Context, rows []writeRow) (writeResult, error) {
 	result, err := s.writer.write(ctx, rows)
-	if errors.Is(err, context.DeadlineExceeded) && s.blockers.active() {
-		return result, errBlocked
+	if errors.Is(err, context.DeadlineExceeded) {
+		if cause := s.blockers.cause(); cause != nil {
+			return result, cause
+		}
 	}
 	return result, err
 }

@@ -114,6 +114,7 @@ type Server struct {
 	limiter   *limiter
 	bounded   *db.Queries // for reads whose size a client decides
 	blockers  *blockerWatch
+	problems  *problemWatch
 	grpc      *grpc.Server
 	health    *health.Server
 	snapshots chan struct{} // one per open snapshot of SyncLatest
@@ -159,6 +160,7 @@ func New(config Config) (*Server, error) {
 		Logger: s.logger, OnPanic: func(task string) { s.metrics.panics.WithLabelValues(task).Inc() },
 	}
 	s.bounded = db.New(boundedReader{config.DB, s.limiter})
+	s.problems = newProblemWatch(s.queries, s.logger)
 	s.blockers = &blockerWatch{queries: s.queries, logger: s.logger, after: config.LockWarning}
 	// Until the database has been read.
 	s.health.SetServingStatus("", grpc_health_v1.HealthCheckResponse_NOT_SERVING)
@@ -229,7 +231,7 @@ func (s *Server) newGRPC() error {
 	if s.config.Registerer == nil {
 		return nil
 	}
-	for _, collector := range append(s.metrics.collectors(), s.limiter.reached, s.misfits, s.blockers, requests, s.readings()) {
+	for _, collector := range append(s.metrics.collectors(), s.limiter.reached, s.misfits, s.blockers, s.problems.found, requests, s.readings()) {
 		if err := s.config.Registerer.Register(guardedCollector{collector, s.supervisor}); err != nil {
 			return fmt.Errorf("server: register metrics: %w", err)
 		}
@@ -284,7 +286,7 @@ func (s *Server) Run(ctx context.Context, listener net.Listener) error {
 	group.Go(func() error { return s.feed.Run(background) })
 	for task, run := range map[string]func(context.Context){
 		"registered services": s.services.run, "message types": s.projector.follow, "periodic work": s.maintenance.run,
-		"watch for blockers": s.blockers.run, "health": s.reportHealth, "keys": s.endStreamsOfOldKeys,
+		"watch for blockers": s.blockers.run, "watch for problems": s.problems.run, "health": s.reportHealth, "keys": s.endStreamsOfOldKeys,
 	} {
 		group.Go(func() error { s.supervisor.Run(background, task, run); return nil })
 	}

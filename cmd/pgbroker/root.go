@@ -24,6 +24,7 @@ const (
 	exitUnreachable     = 5
 	exitUnauthenticated = 6
 	exitNoneMatched     = 7
+	exitProblems        = 8
 	exitInterrupted     = 130
 )
 
@@ -40,6 +41,7 @@ var exitCodes = []struct {
 	{exitUnreachable, "the server cannot be reached or cannot reach its database"},
 	{exitUnauthenticated, "the server does not accept the shared secret, or its access is not enough"},
 	{exitNoneMatched, "nothing is chosen by the filters, so nothing was done"},
+	{exitProblems, "check has found problems"},
 	{exitInterrupted, "interrupted, or not confirmed"},
 }
 
@@ -185,7 +187,7 @@ Exit codes:
 	}
 	add("server", a.serveCommand(), a.migrateCommand(), a.schemaCommand(), a.psqlCommand())
 	add("client", a.sessionsCommand(), a.recordCommand(), a.directoryCommand(), a.typesCommand(), a.optionsCommand(), a.watchCommand(), a.leaseCommand(),
-		a.serviceCommand(), a.checkpointCommand(), a.infoCommand(), a.healthCommand())
+		a.serviceCommand(), a.checkpointCommand(), a.infoCommand(), a.healthCommand(), a.checkCommand())
 	add("tools", a.benchCommand(), a.configCommand(), a.secretCommand(), a.versionCommand())
 	root.SetHelpCommandGroupID("tools")
 	root.SetCompletionCommandGroupID("tools")

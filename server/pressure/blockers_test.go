@@ -12,8 +12,11 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"pgbroker/db"
+	"pgbroker/db/dbtest"
+	"pgbroker/migrations"
 	"pgbroker/proto/databroker"
 	"pgbroker/server"
 	"pgbroker/server/servertest"
@@ -21,7 +24,7 @@ import (
 
 const (
 	reported = "blocks writes; nothing is written or revoked until it ends"
-	over     = "does not block writes any more"
+	over     = "writes are not blocked any more"
 	blocked  = "another transaction in the database blocks writes; the server's log says which"
 )
 
@@ -29,16 +32,25 @@ const (
 func watched(t *testing.T, options servertest.Options) (*servertest.Broker, *prometheus.Registry, *logBook) {
 	t.Helper()
 	registry, log := prometheus.NewRegistry(), new(logBook)
-	var once sync.Once
-	options.Configure = func(c *server.Config) {
-		once.Do(func() { c.Registerer = registry })
-		c.Logger = slog.New(slog.NewTextHandler(log, nil))
-		c.LockWarning = 100 * time.Millisecond
-	}
+	watching := watchedOptions(registry, log)
+	options.Configure = watching.Configure
 	if options.ConfigureDB == nil {
-		options.ConfigureDB = func(c *db.Config) { c.LockTimeout = 500 * time.Millisecond }
+		options.ConfigureDB = watching.ConfigureDB
 	}
 	return servertest.New(t, options), registry, log
+}
+
+// watchedOptions are those of a broker that soon tells about what blocks writes. Only the first replica has its metrics in the registry.
+func watchedOptions(registry *prometheus.Registry, log *logBook) servertest.Options {
+	var once sync.Once
+	return servertest.Options{
+		Configure: func(c *server.Config) {
+			once.Do(func() { c.Registerer = registry })
+			c.Logger = slog.New(slog.NewTextHandler(log, nil))
+			c.LockWarning = 100 * time.Millisecond
+		},
+		ConfigureDB: func(c *db.Config) { c.LockTimeout = 500 * time.Millisecond },
+	}
 }
 
 // operator is a session as psql has it, with a transaction open.
@@ -92,7 +104,7 @@ func TestAForgottenTransactionIsReported(t *testing.T) {
 	put(t, b, thing("a", 10))
 	stream := follow(testContext(t), t, b.Conn, present(t, b))
 	o := newOperator(t, b, "DELETE FROM pgbroker.records WHERE id = 'none'",
-		`UPDATE pgbroker.records SET data = '"hunter2"' /* the secret is hunter2 */ WHERE id = $$hunter2$$`)
+		"UPDATE pgbroker.records SET data = '{}' /* the secret is hunter2 */ WHERE id = $$hunter2$$")
 	pid := fmt.Sprint("pid=", o.pid)
 
 	wantStatus(t, tryPut(t, b, "b"), codes.Unavailable, blocked)
@@ -103,7 +115,7 @@ func TestAForgottenTransactionIsReported(t *testing.T) {
 	line := log.lines(reported, pid)[0]
 	for _, want := range []string{
 		"level=WARN", "application_name=psql", `state="idle in transaction"`, "user=", "blocks_for=", "waiting_sessions=",
-		`query="UPDATE pgbroker.records SET data = ? WHERE id = ?"`, fmt.Sprintf("pg_terminate_backend(%d)", o.pid),
+		`reason="open transaction"`, fmt.Sprintf("pg_terminate_backend(%d)", o.pid),
 	} {
 		if !strings.Contains(line, want) {
 			t.Errorf("%q is not in the log line: %s", want, line)
@@ -112,8 +124,7 @@ func TestAForgottenTransactionIsReported(t *testing.T) {
 	// Those who wait give up and others come: still the same session, and the same time.
 	await(t, "a metric that says for how long", func() bool {
 		_ = tryPut(t, b, "b")
-		seconds, ok := metric(t, registry, "pgbroker_blocking_session_seconds", pid, "application_name=psql", "state=idle in transaction",
-			"query=UPDATE pgbroker.records SET data = ? WHERE id = ?")
+		seconds, ok := metric(t, registry, "pgbroker_blocking_session_seconds", "reason=open_transaction")
 		return ok && seconds > 1
 	})
 	if lines := log.lines(reported); len(lines) != 1 {
@@ -166,7 +177,7 @@ func TestEveryKindOfBlocker(t *testing.T) {
 					waited <- nil
 					return
 				}
-				_, err := waiting.Exec(testContext(t), "UPDATE pgbroker.records SET index_cidr = NULL WHERE id = 'a'")
+				_, err := waiting.Exec(testContext(t), "UPDATE pgbroker.records SET payload = payload WHERE id = 'a'")
 				waited <- err
 			}()
 			n := 0
@@ -248,5 +259,120 @@ func TestBlockersAreFoundWithFewRights(t *testing.T) {
 	await(t, "a log line that names the session", func() bool {
 		wantStatus(t, tryPut(t, b, "b"), codes.Unavailable, blocked)
 		return len(log.lines(reported, fmt.Sprint("pid=", o.pid), "application_name=psql", `state="hidden from this role"`)) == 1
+	})
+}
+
+// TestAPreparedTransactionIsReported: a transaction that was prepared for a two-phase commit and then forgotten has no
+// session that could be ended. Log and metric name it all the same, with what ends it, and writes go on after that.
+func TestAPreparedTransactionIsReported(t *testing.T) {
+	t.Parallel()
+	const row = "SELECT id FROM pgbroker.records WHERE id = 'a' FOR UPDATE"
+	for name, statement := range map[string]string{"order": "SELECT pgbroker.lock_order()", "row": row} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			postgres := dbtest.Server(t, map[string]string{"max_prepared_transactions": "5"})
+			migrate(t, postgres.ConnString())
+			registry, log := prometheus.NewRegistry(), new(logBook)
+			replica := servertest.Start(t, postgres.ConnString(), watchedOptions(registry, log))
+			put(t, replica, thing("a", 10))
+			for _, gid := range []string{"harmless", "the app's 7"} {
+				conn, err := pgx.Connect(t.Context(), postgres.ConnString())
+				if err != nil {
+					t.Fatal(err)
+				}
+				work := "CREATE TABLE unrelated ()"
+				if gid != "harmless" {
+					work = statement
+				}
+				for _, s := range []string{"BEGIN", work, "PREPARE TRANSACTION '" + strings.ReplaceAll(gid, "'", "''") + "'"} {
+					if _, err := conn.Exec(t.Context(), s); err != nil {
+						t.Fatal(err)
+					}
+				}
+				conn.Close(t.Context())
+			}
+			await(t, "a log line that names the transaction", func() bool {
+				_ = tryPut(t, replica, "a")
+				return len(log.lines("a prepared transaction blocks writes", `gid="the app's 7"`, "ROLLBACK PREPARED 'the app''s 7'")) > 0
+			})
+			await(t, "a metric", func() bool {
+				_ = tryPut(t, replica, "a")
+				_, ok := metric(t, registry, "pgbroker_blocking_session_seconds", "reason=prepared_transaction")
+				return ok
+			})
+			if lines := log.lines("harmless"); len(lines) > 0 {
+				t.Errorf("one that is in nobody's way is blamed: %s", lines)
+			}
+			postgres.Exec("ROLLBACK PREPARED 'the app''s 7'")
+			put(t, replica, thing("a", 10))
+			await(t, "a log line that says that it is over", func() bool { return len(log.lines(over, `gid="the app's 7"`)) == 1 })
+		})
+	}
+}
+
+// TestALostSynchronousStandbyIsNoBlocker: where commits wait for a synchronous standby that is gone, no session is to be
+// ended: log, metric and answers say what it is.
+func TestALostSynchronousStandbyIsNoBlocker(t *testing.T) {
+	t.Parallel()
+	postgres := dbtest.Server(t, nil)
+	migrate(t, postgres.ConnString())
+	registry, log := prometheus.NewRegistry(), new(logBook)
+	options := watchedOptions(registry, log)
+	configure := options.Configure
+	options.Configure = func(c *server.Config) {
+		configure(c)
+		c.RequestTimeout = 2 * time.Second
+	}
+	replica := servertest.Start(t, postgres.ConnString(), options)
+	put(t, replica, thing("a", 10))
+
+	postgres.Exec("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+	postgres.Exec("SELECT pg_reload_conf()")
+	await(t, "a log line that tells what writes wait for", func() bool {
+		_ = tryPut(t, replica, "b")
+		return len(log.lines("a commit waits for a synchronous standby", "synchronous_standby_names")) > 0
+	})
+	await(t, "an answer that tells it", func() bool {
+		err := tryPut(t, replica, "c")
+		return status.Code(err) == codes.Unavailable && strings.Contains(status.Convert(err).Message(), "synchronous standby")
+	})
+	if _, ok := metric(t, registry, "pgbroker_blocking_session_seconds", "reason=synchronous_standby"); !ok {
+		t.Error("there is no metric with that reason")
+	}
+	if lines := log.lines("pg_terminate_backend"); len(lines) > 0 {
+		t.Errorf("it is proposed to end a session: %s", lines)
+	}
+	get(t, replica, "a") // reads go on
+
+	postgres.Exec("ALTER SYSTEM RESET synchronous_standby_names")
+	postgres.Exec("SELECT pg_reload_conf()")
+	await(t, "writes", func() bool { return tryPut(t, replica, "d") == nil })
+}
+
+// migrate installs the schema on a server of the test's own.
+func migrate(t *testing.T, connString string) {
+	t.Helper()
+	config, err := pgx.ParseConfig(connString)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := migrations.Up(t.Context(), config); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestADisabledTriggerIsReported: a replica says at its start what is wrong with the installation, with a log line and a metric.
+func TestADisabledTriggerIsReported(t *testing.T) {
+	t.Parallel()
+	b := servertest.New(t, servertest.Options{})
+	b.Database.Exec(t, "ALTER TABLE pgbroker.records DISABLE TRIGGER records_log_delete")
+	registry, log := prometheus.NewRegistry(), new(logBook)
+	servertest.Start(t, b.Database.ConnString, watchedOptions(registry, log))
+	await(t, "a log line that names the trigger", func() bool {
+		return len(log.lines("the installation has a problem", "records.records_log_delete", "pgbroker check --repair")) == 1
+	})
+	await(t, "a metric", func() bool {
+		n, ok := metric(t, registry, "pgbroker_setup_problems", "problem=disabled_trigger")
+		return ok && n == 1
 	})
 }
