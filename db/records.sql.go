@@ -78,6 +78,34 @@ func (q *Queries) RecordsClear(ctx context.Context) error {
 	return err
 }
 
+const recordsCompare = `-- name: RecordsCompare :one
+SELECT r.inserted::bigint AS inserted, r.updated::bigint AS updated, r.deleted::bigint AS deleted, r.unchanged::bigint AS unchanged
+FROM pgbroker.compare_records($1::text) AS r
+`
+
+type RecordsCompareRow struct {
+	Inserted  int64
+	Updated   int64
+	Deleted   int64
+	Unchanged int64
+}
+
+// What would become of the records of a type if they were made those that are staged.
+//
+//	SELECT r.inserted::bigint AS inserted, r.updated::bigint AS updated, r.deleted::bigint AS deleted, r.unchanged::bigint AS unchanged
+//	FROM pgbroker.compare_records($1::text) AS r
+func (q *Queries) RecordsCompare(ctx context.Context, type_ string) (RecordsCompareRow, error) {
+	row := q.db.QueryRow(ctx, recordsCompare, type_)
+	var i RecordsCompareRow
+	err := row.Scan(
+		&i.Inserted,
+		&i.Updated,
+		&i.Deleted,
+		&i.Unchanged,
+	)
+	return i, err
+}
+
 const recordsEndExcess = `-- name: RecordsEndExcess :one
 SELECT pgbroker.end_excess_records($1, $2::text[], $3::bigint[])::bigint AS ended
 `

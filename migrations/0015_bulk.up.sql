@@ -4,6 +4,15 @@
 -- All records of a type
 -- ---------------------------------------------------------------------------------------------
 
+CREATE FUNCTION pgbroker.forget_comparison() RETURNS trigger
+  LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+  DELETE FROM pg_temp.staged_progress;
+  RETURN NULL;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.forget_comparison() IS 'Trigger: what is staged has changed, so it is compared anew.';
+
 CREATE FUNCTION pgbroker.stage_records() RETURNS void
   LANGUAGE plpgsql AS $$
 BEGIN
@@ -27,6 +36,8 @@ BEGIN
     );
     CREATE TEMP TABLE staged_progress (
       type text COLLATE "C", server_version bigint, record_version bigint, written_position bigint, remaining bigint);
+    CREATE TRIGGER forget_comparison AFTER INSERT OR UPDATE OR DELETE ON pg_temp.staged_records
+      FOR EACH STATEMENT EXECUTE FUNCTION pgbroker.forget_comparison();
   ELSE
     TRUNCATE pg_temp.staged_records, pg_temp.staged_differences, pg_temp.staged_progress;
   END IF;
@@ -121,27 +132,16 @@ END
 $$;
 COMMENT ON FUNCTION pgbroker.write_differences(text, bigint, bigint) IS 'Writes some of the differences that compare_staged has noted.';
 
-CREATE FUNCTION pgbroker.replace_records(
-  record_type text, max_changes bigint DEFAULT NULL, allow_empty boolean DEFAULT false,
-  OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT remaining bigint)
+CREATE FUNCTION pgbroker.begin_replacement(record_type text) RETURNS void
   LANGUAGE plpgsql AS $$
 DECLARE
   progress record;
   present  record;
-  changed  text[];
-  done     record;
-  last     bigint;
-  again    boolean := false;
 BEGIN
   IF to_regclass('pg_temp.staged_records') IS NULL THEN
     RAISE EXCEPTION 'nothing is staged in this session' USING ERRCODE = 'object_not_in_prerequisite_state',
       HINT = 'Call pgbroker.stage_records(), and fill the table staged_records.';
   END IF;
-  IF NOT allow_empty AND NOT EXISTS (SELECT FROM pg_temp.staged_records) THEN
-    RAISE EXCEPTION 'staged_records is empty: every record of type % would be deleted', quote_literal(record_type)
-      USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'If that is meant, pass allow_empty => true.';
-  END IF;
-
   -- Nobody waits while all is compared.
   SELECT * INTO progress FROM pg_temp.staged_progress;
   SELECT s.server_version, q.last_value - (NOT q.is_called)::integer AS record_version INTO present
@@ -155,6 +155,44 @@ BEGIN
       SELECT record_type, present.server_version, present.record_version, coalesce(min(d.position), 1) - 1, count(*)
       FROM pg_temp.staged_differences d;
     ANALYZE pg_temp.staged_differences;
+  END IF;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.begin_replacement(text) IS
+  'Compares the records of a type with those of staged_records, unless that is done already.';
+
+CREATE FUNCTION pgbroker.compare_records(
+  record_type text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT unchanged bigint)
+  LANGUAGE plpgsql AS $$
+BEGIN
+  PERFORM pgbroker.begin_replacement(record_type);
+  SELECT count(*) FILTER (WHERE d.data IS NOT NULL AND d.version IS NULL),
+         count(*) FILTER (WHERE d.data IS NOT NULL AND d.version IS NOT NULL),
+         count(*) FILTER (WHERE d.data IS NULL)
+    INTO inserted, updated, deleted
+    FROM pg_temp.staged_differences d, pg_temp.staged_progress p
+    WHERE d.position > p.written_position;
+  unchanged := (SELECT count(*) FROM pg_temp.staged_records) - inserted - updated;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.compare_records(text) IS
+  'How many records replace_records would insert, update and delete, and how many are as they are staged. It writes nothing.';
+
+CREATE FUNCTION pgbroker.replace_records(
+  record_type text, max_changes bigint DEFAULT NULL, allow_empty boolean DEFAULT false,
+  OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT remaining bigint)
+  LANGUAGE plpgsql AS $$
+DECLARE
+  progress record;
+  changed  text[];
+  done     record;
+  last     bigint;
+  again    boolean := false;
+BEGIN
+  PERFORM pgbroker.begin_replacement(record_type);
+  IF NOT allow_empty AND NOT EXISTS (SELECT FROM pg_temp.staged_records) THEN
+    RAISE EXCEPTION 'staged_records is empty: every record of type % would be deleted', quote_literal(record_type)
+      USING ERRCODE = 'object_not_in_prerequisite_state', HINT = 'If that is meant, pass allow_empty => true.';
   END IF;
 
   -- In the order of Clear, which holds the table when it asks for the order lock.

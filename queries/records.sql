@@ -148,6 +148,11 @@ RETURNING r.id;
 -- Makes the temporary table staged_records, or empties it.
 SELECT pgbroker.stage_records();
 
+-- name: RecordsCompare :one
+-- What would become of the records of a type if they were made those that are staged.
+SELECT r.inserted::bigint AS inserted, r.updated::bigint AS updated, r.deleted::bigint AS deleted, r.unchanged::bigint AS unchanged
+FROM pgbroker.compare_records(@type::text) AS r;
+
 -- name: RecordsReplace :one
 -- Makes the records of a type those that are staged, up to max_changes of them.
 SELECT r.inserted::bigint AS inserted, r.updated::bigint AS updated, r.deleted::bigint AS deleted, r.remaining::bigint AS remaining

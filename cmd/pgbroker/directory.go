@@ -3,18 +3,16 @@ package main
 import (
 	"bytes"
 	"context"
-	"encoding/csv"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"math"
 	"os"
-	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
-	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/spf13/cobra"
@@ -35,7 +33,7 @@ func (a *app) directoryCommand() *cobra.Command {
 }
 
 // The values of --kind, with the record type of each.
-var directoryTypes = map[string]string{"users": "pomerium.io/DirectoryUser", "groups": "pomerium.io/DirectoryGroup"}
+var directoryTypes = map[string]string{"users": directoryUserType, "groups": directoryGroupType}
 
 // loadBatch is how many records are written at a time: revocations get their turn in between.
 const loadBatch = 500
@@ -44,11 +42,35 @@ const loadBatch = 500
 type directoryLoad struct {
 	*app
 	path, kind, format string
-	atomic, allowEmpty bool
+	idField            string
+	atomic, dryRun     bool
+	allowDeletes       percent
 
 	recordType string
-	said       time.Time // of progress, the last time
+	said       time.Time         // of progress, the last time
+	names      map[string]string // of fields of the file that are known: what they are; "" is left out
+	plainNames map[string]string
+	morePages  string // what says that the file is not all
 }
+
+// A percent is a flag from 0 to 100.
+type percent int
+
+// String implements pflag.Value.
+func (p *percent) String() string { return fmt.Sprintf("%d%%", int(*p)) }
+
+// Set implements pflag.Value.
+func (p *percent) Set(text string) error {
+	n, err := strconv.ParseUint(strings.TrimSuffix(text, "%"), 10, 8)
+	if err != nil || n > 100 {
+		return errors.New("want a share from 0% to 100%")
+	}
+	*p = percent(n)
+	return nil
+}
+
+// Type implements pflag.Value.
+func (p *percent) Type() string { return "N%" }
 
 // A loadResult is the output of `directory load -o json`.
 type loadResult struct {
@@ -59,23 +81,45 @@ type loadResult struct {
 	Unchanged int64  `json:"unchanged"`
 }
 
+// stored is how many records there were.
+func (r *loadResult) stored() int64 { return r.Deleted + r.Updated + r.Unchanged }
+
+// refuse refuses to delete more than is allowed: a file that is not what it should be, or has ids of another kind, would
+// otherwise be taken for a directory that everybody has left.
+func (l *directoryLoad) refuse(planned *loadResult) error {
+	deleted, stored := planned.Deleted, planned.stored()
+	if l.dryRun || deleted == 0 || l.allowDeletes == 100 || deleted < stored && deleted*100 <= stored*int64(l.allowDeletes) {
+		return nil
+	}
+	needed := (deleted*100 + stored - 1) / stored
+	return usagef("%s: would delete %d of %d %s (%d %%), and no more than %d %% are allowed: nothing was written. If that is meant, give --allow-deletes %d%%",
+		l.path, deleted, stored, l.kind, needed, int(l.allowDeletes), needed)
+}
+
 func (a *app) directoryLoadCommand() *cobra.Command {
-	load := &directoryLoad{app: a}
+	load := &directoryLoad{app: a, allowDeletes: 20}
 	cmd := &cobra.Command{
 		Use: "load FILE --kind users|groups", Short: "Make the directory what a file says",
 		Long: `Make the users or the groups of the directory those of FILE (- is standard input). Only what differs is written, and what the
-file does not have is deleted.
+file does not have is deleted: up to a fifth of what there is, and never all, unless --allow-deletes says more. --dry-run shows
+what would be done.
 
-The file is CSV, with the names of the fields in the first line and lists separated by semicolons; JSON, a list of objects; or
-JSON Lines, an object a line. Each has an id; users have display_name, email and group_ids, groups have name and email, as far
-as they are known. Other fields are kept, too.
+The file is CSV, with the names of the fields in the first line and lists separated by semicolons; JSON, a list of objects or the
+pages of an API; or JSON Lines, an object a line. Cells may be separated by commas, semicolons or tabs, and the text may be UTF-8 or
+UTF-16.
+
+Each has an id; users have display_name, email and group_ids, groups have name and email, as far as they are known. The names that
+exports of Microsoft Entra and Graph, Okta, Google Workspace, LDAP servers and Active Directory have for them are understood, and
+--id-field names the field with the ids if that is another one. Other fields are kept, too, but for passwords.
 
 With --database-url the records go to the database, which compares them; otherwise they go to the server, after they have been
 compared here. Either way they are written in batches, so that revocations need not wait, and --atomic makes one of it all, for
 which others have to wait: some 4 s for 200,000 new users.`,
-		Example: `  pgbroker directory load users.csv --kind users
+		Example: `  pgbroker directory load users.csv --kind users --dry-run
   pgbroker directory load groups.json --kind groups
-  export-directory | pgbroker directory load - --kind users --format jsonl --database-url postgres://...`,
+  pgbroker directory load people.csv --kind users --id-field uid
+  export-directory | pgbroker directory load - --kind users \\
+    --format jsonl --database-url postgres://...`,
 		Args: oneArg(&load.path),
 		RunE: a.action(func(cmd *cobra.Command, cfg *configuration) error {
 			entries, err := load.read(cmd.Context())
@@ -91,6 +135,9 @@ which others have to wait: some 4 s for 200,000 new users.`,
 			if err != nil {
 				return err
 			}
+			if load.dryRun {
+				load.say("nothing was written: this is what would be done")
+			}
 			return load.show(result)
 		}),
 	}
@@ -99,7 +146,9 @@ which others have to wait: some 4 s for 200,000 new users.`,
 	must(cmd.MarkFlagRequired("kind"))
 	flags.Var(&choice{&load.format, []string{"csv", "json", "jsonl"}}, "format", "form of the file (default: by the ending of its name)")
 	flags.BoolVar(&load.atomic, "atomic", false, "write everything in one transaction; needs --database-url")
-	flags.BoolVar(&load.allowEmpty, "allow-empty", false, "accept a file without records, which deletes all there are")
+	flags.StringVar(&load.idField, "id-field", "", "field of the file that has the ids (default: id, or what an export calls it)")
+	flags.BoolVar(&load.dryRun, "dry-run", false, "write nothing, and show what would be written")
+	flags.Var(&load.allowDeletes, "allow-deletes", "most that may be deleted of what there is; 100% may be everything")
 	a.addOutputFlag(cmd)
 	addSettingFlags(flags, useClient|usePsql)
 	a.addTimeoutFlag(cmd)
@@ -123,16 +172,6 @@ func (l *directoryLoad) progress(format string, args ...any) {
 	}
 }
 
-// A directoryEntry is a user or a group.
-type directoryEntry struct {
-	id   string
-	line int
-	data *structpb.Struct
-}
-
-// payload is the entry as clients get it. The same entry has always the same bytes.
-func (e *directoryEntry) payload() (*anypb.Any, error) { return packed(e.data) }
-
 // readFile returns the content of a file; - is standard input.
 func (a *app) readFile(ctx context.Context, path string) ([]byte, error) {
 	if path == "-" {
@@ -147,239 +186,6 @@ func (a *app) readFile(ctx context.Context, path string) ([]byte, error) {
 		return nil, &exitError{exitUsage, err}
 	}
 	return b, nil
-}
-
-// read returns the entries of the file, which has been checked as a whole before anything is written.
-func (l *directoryLoad) read(ctx context.Context) ([]*directoryEntry, error) {
-	l.recordType = directoryTypes[l.kind]
-	format := l.format
-	if format == "" {
-		switch extension := strings.ToLower(filepath.Ext(l.path)); extension {
-		case ".csv", ".json", ".jsonl":
-			format = extension[1:]
-		case ".ndjson":
-			format = "jsonl"
-		default:
-			return nil, usagef("--format: needed, because the name %.80q ends in none of .csv, .json and .jsonl", l.path)
-		}
-	}
-	content, err := l.readFile(ctx, l.path)
-	if err != nil {
-		return nil, err
-	}
-	content = bytes.TrimPrefix(content, []byte("\ufeff"))
-	var entries []*directoryEntry
-	switch format {
-	case "csv":
-		entries, err = l.readCSV(content)
-	case "json":
-		entries, err = l.readJSON(content)
-	default:
-		entries, err = l.readLines(content)
-	}
-	if err != nil {
-		return nil, err
-	}
-	lines := make(map[string]int, len(entries))
-	for _, entry := range entries {
-		if err := l.check(entry); err != nil {
-			return nil, err
-		}
-		if line, twice := lines[entry.id]; twice {
-			return nil, l.wrong(entry.line, "the id %.80q is that of line %d, too", entry.id, line)
-		}
-		lines[entry.id] = entry.line
-	}
-	if len(entries) == 0 && !l.allowEmpty {
-		return nil, usagef("%s: holds no %s, so all there are would be deleted: give --allow-empty if that is meant", l.path, l.kind)
-	}
-	return entries, nil
-}
-
-// wrong is an error in the file.
-func (l *directoryLoad) wrong(line int, format string, args ...any) error {
-	return usagef("%s:%d: %s", l.path, line, fmt.Sprintf(format, args...))
-}
-
-// listSeparator stands between the elements of a list in a cell of a CSV file.
-const listSeparator = ";"
-
-func (l *directoryLoad) readCSV(content []byte) ([]*directoryEntry, error) {
-	reader := csv.NewReader(bytes.NewReader(content))
-	header, err := reader.Read()
-	if errors.Is(err, io.EOF) {
-		return nil, usagef("%s: is empty; the first line has the names of the fields", l.path)
-	}
-	if err != nil {
-		return nil, l.wrongCSV(err)
-	}
-	for i, name := range header {
-		if header[i] = strings.TrimSpace(name); header[i] == "" || slices.Contains(header[:i], header[i]) {
-			return nil, l.wrong(1, "column %d has the name %q: want names, each once", i+1, header[i])
-		}
-	}
-	if !slices.Contains(header, "id") {
-		return nil, l.wrong(1, "there is no column id, but %s", strings.Join(header, ", "))
-	}
-	var entries []*directoryEntry
-	for {
-		row, err := reader.Read()
-		if errors.Is(err, io.EOF) {
-			return entries, nil
-		}
-		if err != nil {
-			return nil, l.wrongCSV(err)
-		}
-		line, _ := reader.FieldPos(0)
-		entry := &directoryEntry{line: line, data: &structpb.Struct{Fields: make(map[string]*structpb.Value, len(row))}}
-		for i, cell := range row {
-			switch {
-			case cell == "": // unknown
-			case header[i] == "group_ids":
-				list := new(structpb.ListValue)
-				for _, id := range strings.Split(cell, listSeparator) {
-					if id = strings.TrimSpace(id); id != "" {
-						list.Values = append(list.Values, structpb.NewStringValue(id))
-					}
-				}
-				entry.data.Fields[header[i]] = structpb.NewListValue(list)
-			default:
-				entry.data.Fields[header[i]] = structpb.NewStringValue(cell)
-			}
-		}
-		entries = append(entries, entry)
-	}
-}
-
-func (l *directoryLoad) wrongCSV(err error) error {
-	var parse *csv.ParseError
-	if errors.As(err, &parse) {
-		return l.wrong(parse.Line, "%v", parse.Err)
-	}
-	return usagef("%s: %w", l.path, err)
-}
-
-func (l *directoryLoad) readJSON(content []byte) ([]*directoryEntry, error) {
-	decoder := json.NewDecoder(bytes.NewReader(content))
-	notJSON := func(err error) error {
-		offset := decoder.InputOffset()
-		var syntax *json.SyntaxError
-		if errors.As(err, &syntax) {
-			offset = syntax.Offset
-		}
-		return l.wrong(1+bytes.Count(content[:min(offset, int64(len(content)))], []byte("\n")), "not JSON: %v", err)
-	}
-	if start, err := decoder.Token(); err != nil || start != json.Delim('[') {
-		return nil, l.wrong(1, "not a list of objects in JSON")
-	}
-	var (
-		entries []*directoryEntry
-		line    = 1
-		from    int64 // where line was counted
-	)
-	for decoder.More() {
-		var raw json.RawMessage
-		if err := decoder.Decode(&raw); err != nil {
-			return nil, notJSON(err)
-		}
-		begins := decoder.InputOffset() - int64(len(raw))
-		line += bytes.Count(content[from:begins], []byte("\n"))
-		from = begins
-		entry, err := l.object(line, raw)
-		if err != nil {
-			return nil, err
-		}
-		entries = append(entries, entry)
-	}
-	if _, err := decoder.Token(); err != nil {
-		return nil, notJSON(err)
-	}
-	if _, err := decoder.Token(); !errors.Is(err, io.EOF) {
-		return nil, notJSON(errors.New("something follows the list"))
-	}
-	return entries, nil
-}
-
-func (l *directoryLoad) readLines(content []byte) ([]*directoryEntry, error) {
-	var entries []*directoryEntry
-	line := 0
-	for text := range bytes.Lines(content) {
-		line++
-		if text = bytes.TrimSpace(text); len(text) == 0 {
-			continue
-		}
-		entry, err := l.object(line, text)
-		if err != nil {
-			return nil, err
-		}
-		entries = append(entries, entry)
-	}
-	return entries, nil
-}
-
-func (l *directoryLoad) object(line int, text []byte) (*directoryEntry, error) {
-	entry := &directoryEntry{line: line, data: new(structpb.Struct)}
-	if len(text) == 0 || text[0] != '{' {
-		return nil, l.wrong(line, "not an object in JSON")
-	}
-	if err := entry.data.UnmarshalJSON(text); err != nil {
-		return nil, l.wrong(line, "not an object in JSON: %v", plain(err))
-	}
-	return entry, nil
-}
-
-// maxIDBytes is the longest id that a record may have.
-const maxIDBytes = 2048
-
-// check refuses what policies could not work with, and sets the entry's id.
-func (l *directoryLoad) check(entry *directoryEntry) error {
-	id, ok := entry.data.Fields["id"].GetKind().(*structpb.Value_StringValue)
-	switch {
-	case !ok || id.StringValue == "":
-		return l.wrong(entry.line, "id: want a text that is not empty")
-	case len(id.StringValue) > maxIDBytes:
-		return l.wrong(entry.line, "id: %d bytes, at most %d are allowed", len(id.StringValue), maxIDBytes)
-	}
-	entry.id = id.StringValue
-	for name, value := range entry.data.Fields {
-		switch name {
-		case "display_name", "email", "name":
-			if _, ok := value.GetKind().(*structpb.Value_StringValue); !ok {
-				return l.wrong(entry.line, "%s: want a text", name)
-			}
-		case "group_ids":
-			_, ok := value.GetKind().(*structpb.Value_ListValue)
-			for _, element := range value.GetListValue().GetValues() {
-				_, isText := element.GetKind().(*structpb.Value_StringValue)
-				ok = ok && isText
-			}
-			if !ok {
-				return l.wrong(entry.line, "group_ids: want a list of texts")
-			}
-		}
-	}
-	if !cleanText(structpb.NewStructValue(entry.data)) {
-		return l.wrong(entry.line, "holds text that is not valid UTF-8, or the character U+0000")
-	}
-	return nil
-}
-
-// cleanText reports whether a database can keep every text in a value.
-func cleanText(v *structpb.Value) bool {
-	sound := func(s string) bool { return utf8.ValidString(s) && !strings.ContainsRune(s, 0) }
-	switch kind := v.GetKind().(type) {
-	case *structpb.Value_StringValue:
-		return sound(kind.StringValue)
-	case *structpb.Value_ListValue:
-		return !slices.ContainsFunc(kind.ListValue.GetValues(), func(v *structpb.Value) bool { return !cleanText(v) })
-	case *structpb.Value_StructValue:
-		for name, member := range kind.StructValue.GetFields() {
-			if !sound(name) || !cleanText(member) {
-				return false
-			}
-		}
-	}
-	return true
 }
 
 // intoDatabase stages the entries in the database, which compares and writes them.
@@ -418,14 +224,23 @@ func (l *directoryLoad) intoDatabase(ctx context.Context, cfg *configuration, en
 	if _, err := conn.CopyFrom(ctx, pgx.Identifier{"staged_records"}, []string{"id", "data", "payload", "search_text"}, rows); err != nil {
 		return result, explainDatabase(err)
 	}
-	params := db.RecordsReplaceParams{Type: l.recordType, MaxChanges: loadBatch, AllowEmpty: l.allowEmpty}
+	planned, err := queries.RecordsCompare(ctx, l.recordType)
+	if err != nil {
+		return result, explainDatabase(err)
+	}
+	plan := loadResult{l.recordType, planned.Inserted, planned.Updated, planned.Deleted, planned.Unchanged}
+	if err := l.refuse(&plan); err != nil || l.dryRun {
+		return plan, err
+	}
+	params := db.RecordsReplaceParams{Type: l.recordType, MaxChanges: loadBatch, AllowEmpty: l.allowDeletes == 100}
 	if l.atomic {
 		params.MaxChanges = math.MaxInt64
 	}
 	for {
 		written, err := queries.RecordsReplace(ctx, params)
 		if err != nil {
-			return result, explainDatabase(err)
+			done := result.Inserted + result.Updated + result.Deleted
+			return result, unfinished(ctx, explainDatabase(err), fmt.Sprintf("%d of %d changes written", done, plan.Inserted+plan.Updated+plan.Deleted))
 		}
 		result.Inserted += written.Inserted
 		result.Updated += written.Updated
@@ -477,10 +292,17 @@ func (l *directoryLoad) intoServer(ctx context.Context, cfg *configuration, entr
 		result.Deleted++
 		changes = append(changes, &databroker.Record{Type: l.recordType, Id: id, DeletedAt: timestamppb.Now()})
 	}
+	if err := l.refuse(&result); err != nil || l.dryRun {
+		return result, err
+	}
 	written := 0
 	for batch := range slices.Chunk(changes, loadBatch) {
-		if _, err := c.records.Put(ctx, &databroker.PutRequest{Records: batch}); err != nil {
-			return result, fmt.Errorf("%d of %d changes were written: %w", written, len(changes), c.explain(err))
+		err := ctx.Err()
+		if err == nil { // a request that is under way is waited for, so that it is known what it has done
+			_, err = c.records.Put(context.WithoutCancel(ctx), &databroker.PutRequest{Records: batch})
+		}
+		if err != nil {
+			return result, unfinished(ctx, c.explain(err), fmt.Sprintf("%d of %d changes written", written, len(changes)))
 		}
 		written += len(batch)
 		l.progress("%d of %d changes written", written, len(changes))

@@ -543,9 +543,13 @@ func usersOf(sessions []foundSession) string {
 	return strings.Join(users, ", ")
 }
 
-func plural(n int, noun string) string {
-	if n == 1 {
+// plural returns the noun for so many; the plural is the one given, or has an s.
+func plural(n int, noun string, several ...string) string {
+	switch {
+	case n == 1:
 		return noun
+	case len(several) > 0:
+		return several[0]
 	}
 	return noun + "s"
 }

@@ -126,6 +126,41 @@ func TestReplaceWritesDifferencesOnly(t *testing.T) {
 	replace(t, conn, "'t', allow_empty => true").want(t, "empty", 0, 0, 3, 0)
 }
 
+// compare_records says what replace_records would do, and does nothing; what is staged after it counts.
+func TestCompareRecords(t *testing.T) {
+	t.Parallel()
+	d := dbtest.New(t)
+	conn := d.Connect(t)
+	compared := func(what string, inserted, updated, deleted, unchanged int64) {
+		t.Helper()
+		var got replaced // its last member is what is unchanged
+		if err := conn.QueryRow(t.Context(), "SELECT * FROM pgbroker.compare_records('t')").Scan(&got.inserted, &got.updated, &got.deleted, &got.remaining); err != nil {
+			t.Fatal(err)
+		}
+		got.want(t, what, inserted, updated, deleted, unchanged)
+	}
+	stage(t, conn, `{"a": {}, "b": {"n": 1}, "c": {}}`)
+	compared("of nothing", 3, 0, 0, 0)
+	if n := get[int64](t, d, "SELECT count(*) FROM pgbroker.records"); n != 0 {
+		t.Errorf("%d records were written", n)
+	}
+	replace(t, conn, "'t'").want(t, "first load", 3, 0, 0, 0)
+	stage(t, conn, `{"a": {}, "b": {"n": 2}, "d": {}, "e": {}}`)
+	compared("of a set", 2, 1, 1, 1)
+	if _, err := conn.Exec(t.Context(), `DELETE FROM staged_records WHERE id = 'e'; INSERT INTO staged_records (id, data) VALUES ('c', '{}')`); err != nil {
+		t.Fatal(err)
+	}
+	compared("of what was staged later", 1, 1, 0, 2)
+	if _, err := conn.Exec(t.Context(), `INSERT INTO staged_records (id, data) VALUES ('f', '{}')`); err != nil {
+		t.Fatal(err)
+	}
+	replace(t, conn, "'t', 1").want(t, "a part", 0, 1, 0, 2) // b, d and f
+	if _, err := conn.Exec(t.Context(), `DELETE FROM staged_records WHERE id = 'a'`); err != nil {
+		t.Fatal(err)
+	}
+	replace(t, conn, "'t'").want(t, "the rest", 2, 0, 1, 0)
+}
+
 // What others write while the set is written is in the end what the set says, too: also between two batches, and also
 // when everything is cleared in between.
 func TestReplaceAmongOtherWriters(t *testing.T) {
