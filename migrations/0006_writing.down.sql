@@ -1,3 +1,4 @@
+DROP FUNCTION pgbroker.restart_clients;
 DROP TRIGGER changes_guard_truncate ON pgbroker.changes;
 DROP TRIGGER changes_guard ON pgbroker.changes;
 DROP FUNCTION pgbroker.guard_changes;

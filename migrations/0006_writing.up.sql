@@ -383,3 +383,22 @@ CREATE TRIGGER changes_guard BEFORE UPDATE OR DELETE ON pgbroker.changes
   FOR EACH ROW WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION pgbroker.guard_changes();
 CREATE TRIGGER changes_guard_truncate BEFORE TRUNCATE ON pgbroker.changes
   FOR EACH STATEMENT EXECUTE FUNCTION pgbroker.guard_changes();
+
+-- ---------------------------------------------------------------------------------------------
+-- Clients start over
+-- ---------------------------------------------------------------------------------------------
+
+CREATE FUNCTION pgbroker.restart_clients() RETURNS bigint
+  LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+  renewed bigint;
+BEGIN
+  UPDATE pgbroker.state SET server_version = pgbroker.random_server_version() RETURNING server_version INTO renewed;
+  PERFORM pg_notify('pgbroker_changes', '');
+  RETURN renewed;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.restart_clients() IS
+  'Gives the data set a new server version: every client drops what it keeps, caches of answers among it, and fetches everything again. '
+  'No record is touched. Returns the new server version. For the owner of the schema.';
+REVOKE EXECUTE ON FUNCTION pgbroker.restart_clients() FROM PUBLIC;

@@ -280,3 +280,20 @@ func TestTruncateInSQLIsClear(t *testing.T) {
 		t.Error("the server version stays")
 	}
 }
+
+// TestClientsCanBeMadeToStartOver: an operator can make every client drop what it keeps, and no record is lost by it.
+func TestClientsCanBeMadeToStartOver(t *testing.T) {
+	t.Parallel()
+	b := startReplicas(t, 2)
+	put(t, b, thing("a", ""))
+	before := position(t, b)
+	stream := followNow(t, b.Replicas[1], "")
+	stream.nextOptions()
+	b.Database.Exec(t, "SELECT pgbroker.restart_clients()")
+	wantStatus(t, stream.end(), codes.Aborted, "invalid server version")
+	after := position(t, b)
+	if after.ServerVersion == before.ServerVersion || after.LatestRecordVersion != before.LatestRecordVersion {
+		t.Errorf("before %v, after %v: want another server version and the same record version", before, after)
+	}
+	get(t, b, thingType, "a")
+}
