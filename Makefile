@@ -31,7 +31,7 @@ build: ## build bin/pgbroker
 
 .PHONY: test
 test: build ## run every test with the race detector, on a real Postgres that is gone afterwards
-	@.ci/need cc postgres
+	@.ci/need cc postgres pgbouncer
 	@CGO_ENABLED=0 go build -o bin/withpostgres ./db/dbtest/withpostgres
 	@exec bin/withpostgres -- env CGO_ENABLED=1 go test -race -timeout 14m $(TESTFLAGS)
 

@@ -291,7 +291,7 @@ func (f *fence) hear(h *host, asked epoch, server LineageGetRow) (past bool) {
 // leavePast closes the connections to a host that is in the past: those that lead to the same server, and for a pooler, which changes
 // the server behind them without an error, all. f.mu is held.
 func (f *fence) leavePast(h *host, at place, remote string) {
-	pooler := h.source.cfg.NoSessionSettings
+	pooler := h.source.pooled
 	left := 0
 	for c, where := range f.open {
 		if c.remote == remote && (pooler || where.place == at && where.epoch < f.epoch.firstVersion) {
@@ -506,7 +506,10 @@ func (r bareRow) Scan(dest ...any) error {
 	}
 	defer r.rows.Close()
 	if !r.rows.Next() {
-		return errors.Join(r.rows.Err(), pgx.ErrNoRows)
+		if err := r.rows.Err(); err != nil {
+			return err // and not that there is no row, which a handler may take for "no such record"
+		}
+		return pgx.ErrNoRows
 	}
 	if err := r.rows.Scan(dest...); err != nil {
 		return err

@@ -2,10 +2,14 @@ package db
 
 import (
 	"errors"
+	"io"
 	"log/slog"
 	"net"
 	"slices"
 	"testing"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgproto3"
 )
 
 // TestFence goes through histories of servers, as connections to them find them one after the other.
@@ -83,3 +87,50 @@ func TestFence(t *testing.T) {
 		})
 	}
 }
+
+// A connection that breaks while its server is checked has not found that there is no row: a handler would take that for a
+// record that does not exist.
+func TestCheckThatBreaks(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			backend := pgproto3.NewBackend(conn, conn)
+			if _, err := backend.ReceiveStartupMessage(); err == nil {
+				backend.Send(&pgproto3.AuthenticationOk{})
+				backend.Send(&pgproto3.ReadyForQuery{TxStatus: 'I'})
+				_ = backend.Flush() // the other side sees to it
+				_, _ = backend.Receive()
+			}
+			conn.Close()
+		}
+	}()
+	d, err := Open(t.Context(), Config{ConnString: "postgres://u@" + l.Addr().String() + "/d?sslmode=disable"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	var n int
+	if err := d.QueryRow(t.Context(), "SELECT 1").Scan(&n); !IsUnavailable(err) || errors.Is(err, pgx.ErrNoRows) {
+		t.Errorf("got %v, want an error that is unavailable and not that of no row", err)
+	}
+	rows := bareRow{rows: brokenRows{}}
+	if err := rows.Scan(&n); !errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, pgx.ErrNoRows) {
+		t.Errorf("got %v", err)
+	}
+}
+
+// brokenRows are those of a connection that has gone.
+type brokenRows struct{ pgx.Rows }
+
+func (brokenRows) Close()     {}
+func (brokenRows) Next() bool { return false }
+func (brokenRows) Err() error { return io.ErrUnexpectedEOF }

@@ -98,7 +98,11 @@ func (g *gate) leave(err error) {
 	case err == nil && g.failed != nil:
 		g.log.Info("postgres is reachable again")
 	case err != nil && g.failed == nil:
-		g.log.Warn("cannot connect to postgres; trying again and again", "error", err)
+		attributes := []any{"error", err}
+		if hint := PoolerHint(err); hint != "" {
+			attributes = append(attributes, "hint", hint)
+		}
+		g.log.Warn("cannot connect to postgres; trying again and again", attributes...)
 	}
 	g.failed = err
 	if err == nil {

@@ -165,7 +165,7 @@ func (l *lookout) fixed() bool {
 // use, or another server behind a pooler.
 func (l *lookout) round(ctx context.Context, first bool) (needed bool) {
 	hosts := l.refresh()
-	if len(hosts) == 1 && !hosts[0].source.cfg.NoSessionSettings {
+	if len(hosts) == 1 && !hosts[0].source.pooled {
 		return false
 	}
 	patience := lookPatience

@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -68,11 +67,14 @@ type Config struct {
 	// "pgbroker". The connection of Listen has "-listener" appended.
 	ApplicationName string
 
-	// NoSessionSettings keeps the settings above, but for ApplicationName, and
-	// those of Settings, to itself: they are sent when a connection opens, and
-	// some poolers refuse that (pgbouncer does, unless
-	// ignore_startup_parameters names them). Set them with ALTER ROLE instead.
-	NoSessionSettings bool
+	// Pooler says that ConnString leads through a pooler like PgBouncer, in
+	// whatever mode. Then nothing is kept in a session nor asked for when one
+	// opens: each statement brings the settings above with it, in a transaction
+	// of its own that costs no further round trip, and the server behind the
+	// pooler is checked each time. The connection of Listen and those of
+	// migrations go there, too, if they have no connection string of their own;
+	// they need a pooler in session mode.
+	Pooler bool
 
 	// Logger is told when the server is lost and when it is back, and about
 	// doubtful settings. Nil: nothing is logged.
@@ -125,6 +127,9 @@ type DB struct {
 	main     *source
 	listener *source // the same as main, or another
 	fence    *fence
+	pooler   *pooler // nil: there is none
+	pulse    pulse
+	looked   atomic.Bool // for a pooler
 	lookout  *lookout
 
 	closing context.Context // ends with the DB
@@ -154,13 +159,16 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 	}
 
 	var err error
-	d.main, err = newSource("connection string", cfg.ConnString, cfg.ConnStringFile, cfg, d.log)
+	if cfg.Pooler {
+		d.pooler = new(pooler)
+	}
+	d.main, err = newSource("connection string", cfg.ConnString, cfg.ConnStringFile, cfg.Pooler, cfg, d.log)
 	if err != nil {
 		return nil, err
 	}
 	d.listener = d.main
 	if cfg.ListenerConnString != "" || cfg.ListenerConnStringFile != "" {
-		d.listener, err = newSource("listener connection string", cfg.ListenerConnString, cfg.ListenerConnStringFile, cfg, d.log)
+		d.listener, err = newSource("listener connection string", cfg.ListenerConnString, cfg.ListenerConnStringFile, false, cfg, d.log)
 		if err != nil {
 			return nil, err
 		}
@@ -171,7 +179,7 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 	}
 	d.lookout = newLookout(d.fence, d.log, d.main, d.listener)
 	d.closing, d.close = context.WithCancel(context.Background())
-	pool.BeforeConnect = d.beforeConnect
+	pool.BeforeConnect, pool.AfterConnect = d.beforeConnect, d.afterConnect
 	pool.ShouldPing = func(context.Context, pgxpool.ShouldPingParams) bool { return false } // prepareConn does
 	pool.PrepareConn = d.prepareConn(cmp.Or(pool.PingTimeout, defaultPingTimeout))
 	if d.Pool, err = pgxpool.NewWithConfig(ctx, pool); err != nil {
@@ -191,12 +199,29 @@ func (d *DB) beforeConnect(ctx context.Context, cfg *pgx.ConnConfig) error {
 	*cfg = *d.main.current()
 	d.lookout.arrange(cfg)
 	d.fence.guard(cfg)
-	cfg.Tracer = &connTracer{db: d, generation: d.generation.Load(), answerTime: answerTime(cfg)}
+	cfg.Tracer = &connTracer{db: d, generation: d.generation.Load(), answerTime: d.main.answerTime()}
+	return nil
+}
+
+// afterConnect looks, once, whether there is a pooler that nobody has told of.
+func (d *DB) afterConnect(ctx context.Context, conn *pgx.Conn) error {
+	if d.pooler != nil || d.looked.Load() {
+		return nil
+	}
+	session, err := sessionOf(ctx, conn.PgConn())
+	if err != nil {
+		return err
+	}
+	if !d.looked.Swap(true) && session != conn.PgConn().PID() {
+		d.log.Warn("the connection string leads through a pooler: set database_pooler, or statements fail " +
+			"and servers that were left are not recognized")
+	}
 	return nil
 }
 
 // Listen opens a connection for LISTEN, which is not one of the pool. The
-// caller closes it.
+// caller closes it. The error is ErrTransactionPooler where it would hear
+// nothing.
 func (d *DB) Listen(ctx context.Context) (*pgx.Conn, error) {
 	if err := d.lookout.ready(ctx); err != nil {
 		return nil, err
@@ -214,8 +239,15 @@ func (d *DB) Listen(ctx context.Context) (*pgx.Conn, error) {
 	d.listener.gate.leave(err)
 	if err != nil {
 		d.lookout.nudge()
+		return nil, err
 	}
-	return conn, err
+	if d.listener.pooled {
+		if err := RequireSession(ctx, conn, cfg); err != nil {
+			_ = conn.Close(context.WithoutCancel(ctx)) // it is of no use
+			return nil, err
+		}
+	}
+	return conn, nil
 }
 
 // ConnConfig returns the configuration of a direct connection, the one of
@@ -245,6 +277,9 @@ func (d *DB) Hosts() Hosts { return d.lookout.count() }
 // one that has been seen, and that its epoch has begun. Each new connection is
 // checked by itself; behind a pooler the server can change without one.
 func (d *DB) Settle(ctx context.Context) error {
+	if d.pooler != nil {
+		return d.checkPooled(ctx)
+	}
 	conn, err := d.Acquire(ctx)
 	if err != nil {
 		return err
@@ -308,7 +343,7 @@ func (d *DB) prepareConn(timeout time.Duration) func(context.Context, *pgx.Conn)
 		pinging, cancel := context.WithTimeout(context.WithoutCancel(ctx), timeout)
 		defer cancel()
 		err := conn.Ping(pinging)
-		if err != nil && pinging.Err() != nil {
+		if err != nil && pinging.Err() != nil && d.pooler == nil { // behind a pooler one may have to wait for a session
 			d.Doubt(errSilent)
 		}
 		return err == nil, nil
@@ -341,6 +376,9 @@ func (d *DB) leave() {
 	defer d.mu.Unlock()
 	d.lastReset = time.Now()
 	d.generation.Add(1)
+	if d.pooler != nil {
+		d.pooler.forget()
+	}
 	d.Pool.Reset()
 }
 
@@ -362,39 +400,41 @@ var (
 // errNoAnswer is why a statement without a deadline of its own is given up.
 var errNoAnswer = errors.New("the server does not answer")
 
-// answerTime returns how long a statement may go without an answer, which a
-// server that can be reached gives within the statement timeout; 0 is for ever.
-func answerTime(cfg *pgx.ConnConfig) time.Duration {
-	milliseconds, err := strconv.Atoi(cfg.RuntimeParams["statement_timeout"])
-	if err != nil {
-		return 0 // none, or one in another notation, from the connection string
-	}
-	return time.Duration(milliseconds) * time.Millisecond * 3 / 2
+// askedKey is where a context has the statement that it belongs to.
+type askedKey struct{}
+
+// asked is a statement that the server was asked.
+type asked struct {
+	cancel func() // releases the timer; nil if there is none
+	ended  atomic.Bool
 }
 
-// boundKey is where a context has the function that releases its timer.
-type boundKey struct{}
-
-// bound gives a statement a deadline if it has none. Without one it would wait
-// for as long as TCP does for a server that has gone without a word.
-func (t *connTracer) bound(ctx context.Context) context.Context {
-	if _, bounded := ctx.Deadline(); bounded || t.answerTime == 0 {
-		return ctx
+// ask notes that the server is asked something, and gives it a deadline if it
+// has none. Without one it would wait for as long as TCP does for a server that
+// has gone without a word.
+func (t *connTracer) ask(ctx context.Context) context.Context {
+	t.db.pulse.ask()
+	a := new(asked)
+	if _, bounded := ctx.Deadline(); !bounded && t.answerTime > 0 {
+		ctx, a.cancel = context.WithTimeoutCause(ctx, t.answerTime, errNoAnswer)
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, t.answerTime, errNoAnswer)
-	return context.WithValue(ctx, boundKey{}, cancel)
+	return context.WithValue(ctx, askedKey{}, a)
 }
 
-// release ends what bound began.
-func (t *connTracer) release(ctx context.Context, err error) {
-	cancel, bounded := ctx.Value(boundKey{}).(context.CancelFunc)
-	if !bounded {
+// end ends what ask began.
+func (t *connTracer) end(ctx context.Context, err error) {
+	a, ok := ctx.Value(askedKey{}).(*asked)
+	if !ok || a.ended.Swap(true) {
+		return
+	}
+	t.db.pulse.end(err)
+	if a.cancel == nil {
 		return
 	}
 	if err != nil && errors.Is(context.Cause(ctx), errNoAnswer) {
 		t.db.stale(t.generation, errNoAnswer)
 	}
-	cancel()
+	a.cancel()
 }
 
 func (t *connTracer) see(ctx context.Context, err error) {
@@ -410,18 +450,18 @@ func (t *connTracer) see(ctx context.Context, err error) {
 
 // TraceQueryStart implements pgx.QueryTracer.
 func (t *connTracer) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQueryStartData) context.Context {
-	return t.bound(ctx)
+	return t.ask(ctx)
 }
 
 // TraceQueryEnd implements pgx.QueryTracer.
 func (t *connTracer) TraceQueryEnd(ctx context.Context, _ *pgx.Conn, data pgx.TraceQueryEndData) {
 	t.see(ctx, data.Err)
-	t.release(ctx, data.Err)
+	t.end(ctx, data.Err)
 }
 
 // TraceBatchStart implements pgx.BatchTracer.
 func (t *connTracer) TraceBatchStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceBatchStartData) context.Context {
-	return ctx
+	return t.ask(ctx)
 }
 
 // TraceBatchQuery implements pgx.BatchTracer.
@@ -432,6 +472,7 @@ func (t *connTracer) TraceBatchQuery(ctx context.Context, _ *pgx.Conn, data pgx.
 // TraceBatchEnd implements pgx.BatchTracer.
 func (t *connTracer) TraceBatchEnd(ctx context.Context, _ *pgx.Conn, data pgx.TraceBatchEndData) {
 	t.see(ctx, data.Err)
+	t.end(ctx, data.Err)
 }
 
 // TraceCopyFromStart implements pgx.CopyFromTracer.
@@ -446,12 +487,14 @@ func (t *connTracer) TraceCopyFromEnd(ctx context.Context, _ *pgx.Conn, data pgx
 
 // TraceConnectStart implements pgx.ConnectTracer.
 func (t *connTracer) TraceConnectStart(ctx context.Context, _ pgx.TraceConnectStartData) context.Context {
+	t.db.pulse.ask()
 	return ctx
 }
 
 // TraceConnectEnd implements pgx.ConnectTracer. It ends what beforeConnect
 // began.
 func (t *connTracer) TraceConnectEnd(_ context.Context, data pgx.TraceConnectEndData) {
+	t.db.pulse.end(data.Err)
 	t.db.main.gate.leave(data.Err)
 	if data.Err != nil {
 		t.db.lookout.nudge()

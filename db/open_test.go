@@ -236,7 +236,7 @@ func TestSettings(t *testing.T) {
 		{"fields", db.Config{ConnString: p.ConnString, StatementTimeout: time.Second, LockTimeout: time.Microsecond, IdleInTransactionTimeout: -1, ApplicationName: "x"}, "x 1s 1ms 0 off off"},
 		{"string wins", db.Config{ConnString: with(t, "statement_timeout=3000&jit=on&application_name=mine"), StatementTimeout: time.Second, ApplicationName: "x"}, "mine 3s 5s 10s on off"},
 		{"options win", db.Config{ConnString: with(t, "options=-c%20lock_timeout%3D7s")}, "pgbroker 8s 7s 10s off off"},
-		{"none", db.Config{ConnString: p.ConnString, NoSessionSettings: true}, "pgbroker 0 0 0 on on"},
+		{"pooler", db.Config{ConnString: p.ConnString, Pooler: true}, "pgbroker 8s 5s 10s off off"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			d, _ := open(t, tt.cfg)

@@ -78,7 +78,7 @@ func IsRetryable(err error) bool {
 		}
 	}
 	var connectErr *pgconn.ConnectError
-	return errors.As(err, &connectErr) || pgconn.SafeToRetry(err)
+	return errors.As(err, &connectErr) || errors.Is(err, errUnchecked) || pgconn.SafeToRetry(err)
 }
 
 // isConflict reports whether err says that a transaction was rolled back for the sake of others.
@@ -127,7 +127,7 @@ func IsUnavailable(err error) bool {
 		// deadline in here may be the one for connecting.)
 		return !errors.Is(err, context.Canceled)
 	}
-	return condition(err) != "" || isStale(err) || errors.Is(err, puddle.ErrClosedPool)
+	return condition(err) != "" || isStale(err) || errors.Is(err, puddle.ErrClosedPool) || errors.Is(err, errUnchecked)
 }
 
 // Condition says in a few words, fit for clients, what about the condition of the server made IsUnavailable true of err; that it

@@ -83,7 +83,8 @@ var settings = []Setting{
 }
 
 // Settings returns the settings of sessions that are opened with a configuration, those of a kind together. They are sent when
-// a connection opens, except to poolers (NoSessionSettings): those refuse most of them, or carry them to the sessions of others.
+// a connection opens, except to poolers, which refuse most of them, or carry them to the sessions of others: there each transaction
+// brings them along (see pooler.go).
 func Settings(cfg Config) []Setting {
 	all := slices.Clone(settings)
 	for _, limit := range []struct {
@@ -138,9 +139,9 @@ type UnfitError struct {
 func (e *UnfitError) Error() string { return e.Problem + ": " + e.Remedy }
 
 // settle makes a session that was just opened one of ours, in what parameters of its start cannot do.
-func settle(ctx context.Context, conn *pgconn.PgConn, cfg Config) error {
+func settle(ctx context.Context, conn *pgconn.PgConn, pooled bool) error {
 	sql := "SELECT current_setting('session_replication_role')"
-	if majorVersion(conn) >= 17 && !cfg.NoSessionSettings {
+	if majorVersion(conn) >= 17 && !pooled {
 		sql = "SET transaction_timeout = 0; " + sql // older servers do not know it; every statement has its own limit
 	}
 	results, err := conn.Exec(ctx, sql).ReadAll()

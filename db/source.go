@@ -3,17 +3,25 @@ package db
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"regexp"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
+
+// descriptionCache is how many statements a connection behind a pooler knows the types of.
+const descriptionCache = 512
 
 // source is where a connection string comes from, and what becomes of it.
 type source struct {
@@ -24,16 +32,19 @@ type source struct {
 	log  *slog.Logger
 	gate *gate
 
-	pool  *pgxpool.Config // from the first reading
-	named bool            // the string sets application_name
+	pool   *pgxpool.Config // from the first reading
+	named  bool            // the string sets application_name
+	pooled bool            // it leads through a pooler
 
 	mu     sync.Mutex // protects what follows
 	last   *pgx.ConnConfig
-	broken bool // the last reading failed
+	local  []sessionSetting // what transactions behind a pooler begin with
+	answer time.Duration    // how long a statement may go without an answer; 0 is for ever
+	broken bool             // the last reading failed
 }
 
 // newSource reads a connection string for the first time.
-func newSource(name, text, file string, cfg Config, log *slog.Logger) (*source, error) {
+func newSource(name, text, file string, pooled bool, cfg Config, log *slog.Logger) (*source, error) {
 	switch {
 	case text == "" && file == "":
 		return nil, fmt.Errorf("db: %s: empty; allowed are a URI like postgres://user@host/database and keywords like host=HOST user=USER dbname=NAME", name)
@@ -42,12 +53,13 @@ func newSource(name, text, file string, cfg Config, log *slog.Logger) (*source, 
 	case file != "":
 		name += " in file " + file
 	}
-	s := &source{name: name, text: text, file: file, cfg: cfg, log: log, gate: newGate(log)}
+	s := &source{name: name, text: text, file: file, pooled: pooled, cfg: cfg, log: log, gate: newGate(log)}
 	parsed, err := s.parse()
 	if err != nil {
 		return nil, err
 	}
 	s.pool, s.last, s.named = parsed.pool, parsed.pool.ConnConfig, parsed.named
+	s.local, s.answer = parsed.local, parsed.answer
 	switch hosts := hosts(s.last); {
 	case parsed.attrs == "" && len(hosts) > 1:
 		log.Warn("several hosts without target_session_attrs: using read-write", "source", name, "hosts", hosts)
@@ -71,7 +83,7 @@ func (s *source) current() *pgx.ConnConfig {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err == nil {
-		s.last = parsed.pool.ConnConfig
+		s.last, s.local, s.answer = parsed.pool.ConnConfig, parsed.local, parsed.answer
 	} else if !s.broken {
 		s.log.Warn("using the last connection string that was right", "error", err)
 	}
@@ -79,11 +91,28 @@ func (s *source) current() *pgx.ConnConfig {
 	return s.last.Copy()
 }
 
+// localSettings returns what transactions behind a pooler begin with.
+func (s *source) localSettings() []sessionSetting {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.local
+}
+
+// answerTime returns how long a statement may go without an answer, which a
+// server that can be reached gives within the statement timeout; 0 is for ever.
+func (s *source) answerTime() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.answer
+}
+
 // parsed is a connection string with the defaults applied.
 type parsed struct {
-	pool  *pgxpool.Config
-	attrs string // target_session_attrs as given; empty: not given
-	named bool   // application_name was given
+	pool   *pgxpool.Config
+	attrs  string // target_session_attrs as given; empty: not given
+	named  bool   // application_name was given
+	local  []sessionSetting
+	answer time.Duration
 
 	overruled []string // settings that were given and are not used
 }
@@ -123,7 +152,45 @@ func (s *source) parse() (p parsed, err error) {
 	_, p.named = given.RuntimeParams["application_name"]
 	s.setPoolDefaults(p.pool, given.RuntimeParams)
 	p.overruled = s.setSessionDefaults(cfg)
+	// Another notation than milliseconds is one from the connection string.
+	if milliseconds, err := strconv.Atoi(cfg.RuntimeParams["statement_timeout"]); err == nil {
+		p.answer = time.Duration(milliseconds) * time.Millisecond * 3 / 2
+	}
+	if s.pooled {
+		if p.local, err = keepFromSession(cfg, given.DefaultQueryExecMode, text); err != nil {
+			return p, fmt.Errorf("db: %s: %w", s.name, err)
+		}
+	}
 	return p, nil
+}
+
+// keepFromSession makes a configuration one that leaves nothing in a session and asks for nothing when it opens but
+// its name, and returns the settings that each transaction needs instead.
+func keepFromSession(cfg *pgx.ConnConfig, mode pgx.QueryExecMode, text string) ([]sessionSetting, error) {
+	if strings.Contains(text, "default_query_exec_mode") && mode != pgx.QueryExecModeCacheDescribe {
+		return nil, errors.New("default_query_exec_mode: with database_pooler allowed is cache_describe, which is its default")
+	}
+	// Statements are described once and then sent without a name, with their types: in one round trip, of which
+	// the session keeps nothing.
+	cfg.DefaultQueryExecMode = pgx.QueryExecModeCacheDescribe
+	cfg.StatementCacheCapacity = 0
+	if cfg.DescriptionCacheCapacity == 0 {
+		cfg.DescriptionCacheCapacity = descriptionCache
+	}
+	local, err := parseOptions(cfg.RuntimeParams["options"])
+	if err != nil {
+		return nil, err
+	}
+	delete(cfg.RuntimeParams, "options")
+	local = append(local, sessionSetting{"transaction_timeout", "0"}) // every statement has its own limit
+	for _, name := range slices.Sorted(maps.Keys(cfg.RuntimeParams)) {
+		if name == "application_name" {
+			continue
+		}
+		local = append(local, sessionSetting{name, cfg.RuntimeParams[name]})
+		delete(cfg.RuntimeParams, name)
+	}
+	return local, nil
 }
 
 func (s *source) setPoolDefaults(pool *pgxpool.Config, given map[string]string) {
@@ -153,10 +220,7 @@ func (s *source) setSessionDefaults(cfg *pgx.ConnConfig) (overruled []string) {
 	if _, ok := cfg.RuntimeParams["application_name"]; !ok && !strings.Contains(cfg.RuntimeParams["options"], "application_name") {
 		cfg.RuntimeParams["application_name"] = cmp.Or(s.cfg.ApplicationName, defaultApplicationName)
 	}
-	cfg.AfterConnect = func(ctx context.Context, conn *pgconn.PgConn) error { return settle(ctx, conn, s.cfg) }
-	if s.cfg.NoSessionSettings {
-		return nil
-	}
+	cfg.AfterConnect = func(ctx context.Context, conn *pgconn.PgConn) error { return settle(ctx, conn, s.pooled) }
 	return apply(cfg.RuntimeParams, Settings(s.cfg))
 }
 

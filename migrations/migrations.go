@@ -40,6 +40,8 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/stdlib"
+
+	brokerdb "pgbroker/db"
 )
 
 //go:embed *.sql
@@ -378,7 +380,10 @@ func (m migrator) run(ctx context.Context, cfg *pgx.ConnConfig, work func(*runne
 
 	// One connection: the lock, and what golang-migrate does, belong to one
 	// session. The lock ends with the session.
-	db := stdlib.OpenDB(*writeConfig(cfg), stdlib.OptionAfterConnect(prepareSession))
+	cfg = writeConfig(cfg)
+	db := stdlib.OpenDB(*cfg, stdlib.OptionAfterConnect(func(ctx context.Context, conn *pgx.Conn) error {
+		return prepareSession(ctx, conn, cfg)
+	}))
 	defer db.Close()
 	db.SetMaxOpenConns(1)
 	if err := db.PingContext(ctx); err != nil {
@@ -400,12 +405,15 @@ func (m migrator) run(ctx context.Context, cfg *pgx.ConnConfig, work func(*runne
 
 // prepareSession takes the migration lock and creates the schema, for
 // golang-migrate puts its version table there before the first migration.
-func prepareSession(ctx context.Context, conn *pgx.Conn) (err error) {
+func prepareSession(ctx context.Context, conn *pgx.Conn, cfg *pgx.ConnConfig) (err error) {
 	defer func() {
 		if err != nil {
 			conn.Close(context.WithoutCancel(ctx))
 		}
 	}()
+	if err := brokerdb.RequireSession(ctx, conn, cfg); err != nil {
+		return err
+	}
 	// Tried again and again rather than waited for: a session that waits holds
 	// a snapshot, and CREATE INDEX CONCURRENTLY of the session that has the
 	// lock would wait for that snapshot to go.

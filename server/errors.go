@@ -31,6 +31,7 @@ var (
 	errBlocked         = errors.New("another transaction in the database blocks writes; the server's log says which")
 	errUnfit           = errors.New("the database is not set up for this server; the server's log says what is wrong")
 	errUnconfirmed     = errors.New("commits wait for a synchronous standby that does not answer; this change may have been made, and lasts only if that comes back")
+	errSilent          = errors.New("the database does not answer")
 	errPanicked        = errors.New("a request panicked") // logged where it is recovered
 )
 
@@ -83,6 +84,9 @@ func toStatus(ctx context.Context, logger *slog.Logger, method string, err error
 		return status.Error(codes.Unavailable, errBlocked.Error())
 	case errors.Is(err, errBlocked), errors.Is(err, errUnconfirmed):
 		return status.Error(codes.Unavailable, err.Error())
+	case errors.Is(err, errSilent):
+		logger.WarnContext(ctx, "database unavailable", "method", method, "error", err)
+		return status.Error(codes.Unavailable, errSilent.Error())
 	case errors.As(err, &past): // logged by package db, which knows when it has said so
 		return status.Error(codes.Unavailable, "the database server is one that was left for a newer one")
 	case errors.As(err, &pgErr) && excessive(pgErr):

@@ -158,7 +158,7 @@ func (s *brokerServer) query(ctx context.Context, request *databroker.QueryReque
 
 // scan runs a query that reads all records of a type, or all their texts, in several processes.
 func (s *brokerServer) scan(ctx context.Context, query func(context.Context, *db.Queries) ([]queryRow, error)) (rows []queryRow, err error) {
-	err = pgx.BeginTxFunc(ctx, s.db.Pool, pgx.TxOptions{AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
+	err = pgx.BeginTxFunc(ctx, s.db, pgx.TxOptions{AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
 		queries := db.New(boundedReader{tx, s.limiter})
 		if err := queries.ScanInParallel(ctx); err != nil {
 			return err

@@ -249,7 +249,7 @@ func (s *brokerServer) ServerInfo(ctx context.Context, _ *emptypb.Empty) (*datab
 func (s *brokerServer) Clear(ctx context.Context, _ *emptypb.Empty) (*databroker.ClearResponse, error) {
 	response := new(databroker.ClearResponse)
 	err := db.Retry(ctx, func(ctx context.Context) error {
-		return pgx.BeginFunc(ctx, s.db.Pool, func(tx pgx.Tx) error {
+		return pgx.BeginFunc(ctx, s.db, func(tx pgx.Tx) error {
 			queries := db.New(tx)
 			// TRUNCATE first: it waits for the table, and what we read then nobody else can change.
 			if err := queries.RecordsLock(ctx); err != nil {

@@ -362,13 +362,21 @@ func (h *healthServer) Watch(_ *grpc_health_v1.HealthCheckRequest, stream grpc_h
 func (s *Server) unaryErrors(ctx context.Context, request any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	response, err := handler(ctx, request)
 	if err != nil {
-		return nil, toStatus(ctx, s.logger, info.FullMethod, err)
+		return nil, toStatus(ctx, s.logger, info.FullMethod, s.late(err))
 	}
 	return response, nil
 }
 
 func (s *Server) streamErrors(server any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-	return toStatus(stream.Context(), s.logger, info.FullMethod, handler(server, stream))
+	return toStatus(stream.Context(), s.logger, info.FullMethod, s.late(handler(server, stream)))
+}
+
+// late says why a request has run out of time, if that is because the database does not answer anybody.
+func (s *Server) late(err error) error {
+	if errors.Is(err, context.DeadlineExceeded) && s.config.DB.Silent() {
+		return errors.Join(errSilent, err)
+	}
+	return err
 }
 
 // deadline bounds a unary request, so that its client hears of a failure before it gives up.

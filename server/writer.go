@@ -143,7 +143,7 @@ func (w *writer) run(ctx context.Context, requests []*writeRequest) ([]combiner.
 		})
 	default:
 		err = db.Retry(ctx, func(ctx context.Context) error {
-			return pgx.BeginFunc(ctx, w.db.Pool, func(tx pgx.Tx) error {
+			return pgx.BeginFunc(ctx, w.db, func(tx pgx.Tx) error {
 				for _, wave := range waves {
 					if serverVersion, err = wave.write(ctx, db.New(tx)); err != nil {
 						return err

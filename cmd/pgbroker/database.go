@@ -48,7 +48,15 @@ func (c *configuration) connectDatabase(ctx context.Context) (*pgx.Conn, error) 
 		return nil, err
 	}
 	defer database.Close()
-	return pgx.ConnectConfig(ctx, database.ConnConfig())
+	conn, err := pgx.ConnectConfig(ctx, database.ConnConfig())
+	if err != nil {
+		return nil, err
+	}
+	if err := db.RequireSession(ctx, conn, database.ConnConfig()); err != nil {
+		_ = conn.Close(context.WithoutCancel(ctx)) // it is of no use
+		return nil, err
+	}
+	return conn, nil
 }
 
 // explainDatabase turns an error of the database into what a person needs to know, with an exit code.
@@ -60,6 +68,8 @@ func explainDatabase(err error) error {
 	switch {
 	case err == nil, errors.As(err, &exit):
 		return err
+	case db.PoolerHint(err) != "":
+		return &exitError{exitFailure, fmt.Errorf("%w (%s)", err, db.PoolerHint(err))}
 	case db.IsUnavailable(err):
 		return &exitError{exitUnreachable, err}
 	case errors.As(err, &pgErr):

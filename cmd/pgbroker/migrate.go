@@ -33,7 +33,11 @@ func (a *app) onDatabase(do func(ctx context.Context, database *pgx.ConnConfig) 
 			return err
 		}
 		defer database.Close()
-		return do(cmd.Context(), database.ConnConfig())
+		err = do(cmd.Context(), database.ConnConfig())
+		if hint := db.PoolerHint(err); hint != "" {
+			return fmt.Errorf("%w (%s)", err, hint)
+		}
+		return err
 	})
 }
 

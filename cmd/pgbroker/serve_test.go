@@ -465,7 +465,7 @@ func TestValidate(t *testing.T) {
 		"listener string bad":        {[]string{conn, "--allow-unauthenticated", "--listener-database-url=x://"}, []string{"listener_database_url (flag --listener-database-url)"}},
 		"listener without database":  {[]string{"--listener-database-url=postgres://h/d"}, []string{"listener_database_url (flag --listener-database-url)", "without database_url"}},
 		"pooler without database":    {[]string{"--database-pooler"}, []string{"database_pooler (flag --database-pooler)"}},
-		"pooler without listener":    {[]string{"--database-pooler", conn, "--allow-unauthenticated"}, []string{"database_pooler", "listener_database_url"}},
+		"pooler without listener":    {[]string{"--database-pooler", conn, "--allow-unauthenticated"}, nil},
 		"pooler":                     {[]string{"--database-pooler", conn, "--allow-unauthenticated", "--listener-database-url=postgres://h/d"}, nil},
 		"ephemeral with a database":  {[]string{conn, "--ephemeral", "--allow-unauthenticated"}, []string{"ephemeral (flag --ephemeral) and database_url (flag --database-url) are both set"}},
 		"pool upside down":           {[]string{"--pool-max-conns=2", "--pool-min-conns=3"}, []string{"pool_min_conns (flag --pool-min-conns): 3 is more than pool_max_conns (flag --pool-max-conns): 2"}},

@@ -197,8 +197,8 @@ var settings = []setting{
 	{
 		name: "listener_database_url", use: useServe | useMigrate,
 		field: func(c *Config) any { return &c.ListenerDatabaseURL }, conn: true,
-		help: "Connection string that leads to Postgres directly, where database_url leads through a pooler in transaction mode, " +
-			"which cannot carry LISTEN. It is used for the one connection that listens for changes and for migrations. " +
+		help: "Connection string that leads to Postgres directly, where database_url leads through a pooler (see database_pooler). " +
+			"It is used for the one connection that listens for changes and for migrations. " +
 			"Default: the same as database_url.",
 	},
 	{
@@ -232,10 +232,12 @@ var settings = []setting{
 		help:  "Longest that a statement waits for a lock, set on every connection. 0 leaves it to the server's own setting.",
 	},
 	{
-		name: "database_pooler", use: useServe,
+		name: "database_pooler", use: useServe | useMigrate,
 		field: func(c *Config) any { return &c.DatabasePooler }, def: "false",
-		help: "database_url leads through a pooler in transaction mode: set nothing on the session (no statement or lock " +
-			"timeout). listener_database_url must then lead to Postgres directly.",
+		help: "database_url leads through a pooler like PgBouncer, in whatever mode. Nothing is kept in its sessions then: " +
+			"each statement brings its settings with it, and checks which server it has come to. Give listener_database_url a way " +
+			"to PostgreSQL itself, too: through a pooler in transaction mode nobody hears notifications, so that changes are found " +
+			"every poll_interval, and the schema cannot be migrated.",
 	},
 	{
 		name: "migrate", use: useServe,

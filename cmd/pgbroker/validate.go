@@ -133,10 +133,6 @@ func (c *configuration) checkDatabase() error {
 			problems = append(problems, bad...)
 		}
 	}
-	if c.DatabasePooler && !c.Embedded() && !set(listener) {
-		problems = append(problems, c.describe("database_pooler")+
-			": needs listener_database_url, because a pooler in transaction mode cannot carry LISTEN")
-	}
 	if c.PoolMaxConns > 0 && c.PoolMinConns > c.PoolMaxConns {
 		problems = append(problems, fmt.Sprintf("%s: %d is more than %s: %d",
 			c.describe("pool_min_conns"), c.PoolMinConns, c.describe("pool_max_conns"), c.PoolMaxConns))
@@ -154,8 +150,8 @@ func (c *configuration) databaseConfig(log *slog.Logger) db.Config {
 		ListenerConnString: c.ListenerDatabaseURL, ListenerConnStringFile: c.ListenerDatabaseURLFile,
 		MaxConns: c.PoolMaxConns, MinConns: c.PoolMinConns,
 		StatementTimeout: orServer(c.StatementTimeout), LockTimeout: orServer(c.LockTimeout),
-		NoSessionSettings: c.DatabasePooler,
-		Logger:            log,
+		Pooler: c.DatabasePooler,
+		Logger: log,
 	}
 }
 
@@ -191,7 +187,9 @@ func (c *configuration) checkConnStrings() error {
 		case s.value == "":
 			continue
 		}
-		d, err := db.Open(ended, db.Config{ConnString: s.value, ConnStringFile: s.path, Logger: c.noting()})
+		d, err := db.Open(ended, db.Config{
+			ConnString: s.value, ConnStringFile: s.path, Pooler: c.DatabasePooler && strings.HasPrefix(s.name, "database_url"), Logger: c.noting(),
+		})
 		if err == nil {
 			err = checkConnString(s.value, s.path)
 		}

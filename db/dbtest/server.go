@@ -31,6 +31,7 @@ const Password = "dbtest-password"
 type Postgres struct {
 	t      testing.TB
 	server *embedded.Server
+	frozen []int // processes
 }
 
 // Server starts a private server with further settings, which may be nil. It
@@ -160,6 +161,37 @@ func (p *Postgres) Restart() {
 	if err := p.server.Restart(ctx); err != nil {
 		p.t.Fatalf("dbtest: %v", err)
 	}
+}
+
+// Freeze makes the server stand still, with all its sessions, as a machine
+// does that has other things to do. Thaw must follow.
+func (p *Postgres) Freeze() {
+	p.t.Helper()
+	p.frozen = []int{p.PID()}
+	if err := syscall.Kill(p.PID(), syscall.SIGSTOP); err != nil { // first: it starts no others
+		p.t.Fatalf("dbtest: freeze the server on %s: %v", p.Addr(), err)
+	}
+	path := fmt.Sprintf("/proc/%d/task/%d/children", p.PID(), p.PID())
+	list, err := os.ReadFile(path)
+	if err != nil {
+		p.Thaw()
+		p.t.Skipf("dbtest: the sessions of a server are found in %s: %v", path, err)
+	}
+	for child := range strings.FieldsSeq(string(list)) {
+		pid, err := strconv.Atoi(child)
+		if err == nil && syscall.Kill(pid, syscall.SIGSTOP) == nil {
+			p.frozen = append(p.frozen, pid)
+		}
+	}
+}
+
+// Thaw ends Freeze.
+func (p *Postgres) Thaw() {
+	p.t.Helper()
+	for _, pid := range p.frozen {
+		_ = syscall.Kill(pid, syscall.SIGCONT) // it may have ended
+	}
+	p.frozen = nil
 }
 
 // Promote makes a standby a primary, on a new timeline, and returns when it

@@ -10,6 +10,8 @@ import (
 	"github.com/cenkalti/backoff/v5"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+
+	"pgbroker/db"
 )
 
 const (
@@ -17,6 +19,8 @@ const (
 	quietTime = 10 * time.Second
 	// answerTime is how long it then waits: a half-open connection looks healthy for ever.
 	answerTime = 5 * time.Second
+	// pooledTime is how long the listener waits before it looks again whether a pooler carries notifications.
+	pooledTime = time.Minute
 )
 
 // listener owns the one connection of a replica on which the database notifies.
@@ -32,6 +36,7 @@ func (l *listener) run(ctx context.Context) {
 	delay := backoff.NewExponentialBackOff()
 	delay.InitialInterval = 50 * time.Millisecond
 	delay.MaxInterval = time.Second
+	polling := false
 	for ctx.Err() == nil {
 		connected, err := l.listen(ctx)
 		l.stats.listening.Store(false)
@@ -41,8 +46,16 @@ func (l *listener) run(ctx context.Context) {
 		if connected {
 			delay.Reset()
 		}
-		wait := delay.NextBackOff()
-		l.logger.WarnContext(ctx, "not listening for notifications; changes are found by polling",
+		wait, level := delay.NextBackOff(), slog.LevelWarn
+		if errors.Is(err, db.ErrTransactionPooler) {
+			// That is how it was set up, and said once.
+			wait = pooledTime
+			if polling {
+				level = slog.LevelDebug
+			}
+			polling = true
+		}
+		l.logger.Log(ctx, level, "not listening for notifications; changes are found by polling",
 			"error", err, "retry_in", wait)
 		select {
 		case <-time.After(wait):

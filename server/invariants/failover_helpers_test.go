@@ -36,6 +36,7 @@ type world struct {
 	t        testing.TB
 	replicas []*servertest.Replica
 	log      *syncWriter
+	strict   bool // nothing may fail but as Unavailable
 
 	ctx       context.Context
 	stopWrite context.CancelFunc
@@ -68,12 +69,18 @@ func newWorld(t testing.TB, replicas int, connString string) *world {
 // newQuietWorld starts replicas on a connection string.
 func newQuietWorld(t testing.TB, replicas int, connString string) *world {
 	t.Helper()
+	return newQuietWorldWith(t, replicas, db.Config{ConnString: connString})
+}
+
+// newQuietWorldWith starts replicas on a database.
+func newQuietWorldWith(t testing.TB, replicas int, config db.Config) *world {
+	t.Helper()
 	w := &world{t: t, log: &syncWriter{buffer: new(bytes.Buffer)}, told: make(map[uint64]string), acked: make(map[string]uint64)}
 	w.changed = sync.NewCond(&w.mu)
 	w.ctx = t.Context()
 	w.readers = new(errgroup.Group)
 	for range replicas {
-		w.replicas = append(w.replicas, w.start(db.Config{ConnString: connString}, ""))
+		w.replicas = append(w.replicas, w.start(config, ""))
 	}
 	return w
 }
@@ -121,7 +128,7 @@ func (w *world) writeTo(ctx context.Context, replica *servertest.Replica, writer
 				w.tell(record, version)
 				w.acknowledge(record.Id, version)
 			}
-		case status.Code(err) == codes.Unavailable, status.Code(err) == codes.DeadlineExceeded:
+		case status.Code(err) == codes.Unavailable, status.Code(err) == codes.DeadlineExceeded && !w.strict:
 			if err := awaitServingIn(w.ctx, replica); err != nil {
 				return err
 			}
@@ -396,6 +403,9 @@ func (f *follower) follow(ctx context.Context) error {
 			f.serverVersion = 0
 			f.resyncs.Add(1)
 		case codes.Unavailable, codes.DeadlineExceeded:
+			if f.world.strict {
+				return fmt.Errorf("a stream has ended: %w", err)
+			}
 			if err := awaitServingIn(ctx, f.replica); err != nil {
 				return err
 			}
