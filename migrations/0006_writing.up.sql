@@ -401,4 +401,3 @@ $$;
 COMMENT ON FUNCTION pgbroker.restart_clients() IS
   'Gives the data set a new server version: every client drops what it keeps, caches of answers among it, and fetches everything again. '
   'No record is touched. Returns the new server version. For the owner of the schema.';
-REVOKE EXECUTE ON FUNCTION pgbroker.restart_clients() FROM PUBLIC;

@@ -217,7 +217,6 @@ $$;
 COMMENT ON FUNCTION pgbroker.repair_records(text[], text[], bigint[]) IS
   'Puts right what problems() says of records, given as parallel arrays of its columns subject, id and version, with -1 '
   'for no version. Every stream hears of it. Returns how many changes and records it has mended. For the owner of the schema.';
-REVOKE EXECUTE ON FUNCTION pgbroker.repair_records(text[], text[], bigint[]) FROM PUBLIC;
 
 CREATE FUNCTION pgbroker.repair_setup() RETURNS void
   LANGUAGE plpgsql
@@ -249,4 +248,3 @@ END
 $$;
 COMMENT ON FUNCTION pgbroker.repair_setup() IS
   'Puts right what problems() lists that is not about one record: disabled triggers, the sequence, counts. For the owner of the schema.';
-REVOKE EXECUTE ON FUNCTION pgbroker.repair_setup() FROM PUBLIC;
