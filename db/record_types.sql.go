@@ -270,6 +270,34 @@ func (q *Queries) TypeSummary(ctx context.Context, type_ string) ([]TypeSummaryR
 	return items, nil
 }
 
+const typeWouldEnd = `-- name: TypeWouldEnd :one
+SELECT pgbroker.would_end(
+  $1, $2::interval, $3::bigint, NULL, NULL, $4::text)::bigint AS records
+`
+
+type TypeWouldEndParams struct {
+	Type        string
+	IdleTimeout *time.Duration
+	UserLimit   *int64
+	ExpiryField *string
+}
+
+// How many records the options would end if they were set.
+//
+//	SELECT pgbroker.would_end(
+//	  $1, $2::interval, $3::bigint, NULL, NULL, $4::text)::bigint AS records
+func (q *Queries) TypeWouldEnd(ctx context.Context, arg TypeWouldEndParams) (int64, error) {
+	row := q.db.QueryRow(ctx, typeWouldEnd,
+		arg.Type,
+		arg.IdleTimeout,
+		arg.UserLimit,
+		arg.ExpiryField,
+	)
+	var records int64
+	err := row.Scan(&records)
+	return records, err
+}
+
 const typesList = `-- name: TypesList :many
 SELECT type FROM pgbroker.record_types WHERE record_count > 0 ORDER BY type
 `

@@ -61,3 +61,8 @@ SELECT s.name::text AS name, s.records, coalesce(s.written_at, 'epoch')::timesta
 FROM pgbroker.type_summary s
 WHERE @type::text = '' OR s.type = pgbroker.type_named(@type::text)
 ORDER BY s.type;
+
+-- name: TypeWouldEnd :one
+-- How many records the options would end if they were set.
+SELECT pgbroker.would_end(
+  @type, sqlc.narg(idle_timeout)::interval, sqlc.narg(user_limit)::bigint, NULL, NULL, sqlc.narg(expiry_field)::text)::bigint AS records;

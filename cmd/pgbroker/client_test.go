@@ -80,6 +80,19 @@ func TestRecordCommands(t *testing.T) {
 	out = mustTry(t, env, "record", "put", "-t", "pomerium.io/DirectoryUser", "-i", "jane", "-d", `{"id": "jane", "email": "jane@example.com", "n": [1, null]}`, "-o", "json")
 	expect("put json", golden(out), `{"version":N,"type":"pomerium.io/DirectoryUser","id":"jane","modified_at":"TIME"}`+"\n")
 
+	for kind, want := range map[string]string{
+		"pomerium.io/DirectoryUsers": "did you mean pomerium.io/DirectoryUser?", "example.com/new": "is new: the server has no record of it",
+		"pomerium.io/DirectoryGroup": "", "user.User": "",
+	} {
+		r := try(t, env, "record", "put", "-t", kind, "-i", "x", "-d", "{}")
+		if !strings.Contains(r.stderr, want) || want == "" && r.stderr != "" {
+			t.Errorf("first put of type %s: said is %q, want %q", kind, r.stderr, want)
+		}
+		if r := try(t, env, "record", "put", "-t", kind, "-i", "x", "-d", "{}"); r.stderr != "" {
+			t.Errorf("second put of type %s: said is %q", kind, r.stderr)
+		}
+		mustTry(t, env, "record", "delete", "-t", kind, "-i", "x")
+	}
 	out = mustTry(t, env, "record", "get", "-t", "session.Session", "-i", "s1")
 	expect("get", golden(out), `type:     type.googleapis.com/session.Session
 id:       s1

@@ -88,7 +88,7 @@ func (r *loadResult) stored() int64 { return r.Deleted + r.Updated + r.Unchanged
 // otherwise be taken for a directory that everybody has left.
 func (l *directoryLoad) refuse(planned *loadResult) error {
 	deleted, stored := planned.Deleted, planned.stored()
-	if l.dryRun || deleted == 0 || l.allowDeletes == 100 || deleted < stored && deleted*100 <= stored*int64(l.allowDeletes) {
+	if l.dryRun || deleted == 0 || l.allowDeletes == 100 || deleted*100 <= stored*int64(l.allowDeletes) {
 		return nil
 	}
 	needed := (deleted*100 + stored - 1) / stored

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"time"
 
@@ -17,8 +18,8 @@ import (
 
 // The options here are not part of the databroker interface, so they are read and written in the database.
 
-// onQueries is the body of a command that works on the database that psql would open.
-func (a *app) onQueries(do func(ctx context.Context, cmd *cobra.Command, queries *db.Queries) error) func(*cobra.Command, []string) error {
+// onDatabaseOf is the body of a command that works on the database that psql would open.
+func (a *app) onDatabaseOf(do func(ctx context.Context, cmd *cobra.Command, database *db.DB) error) func(*cobra.Command, []string) error {
 	return a.action(func(cmd *cobra.Command, cfg *configuration) error {
 		connString, err := cfg.psqlConnString()
 		if err != nil {
@@ -29,7 +30,7 @@ func (a *app) onQueries(do func(ctx context.Context, cmd *cobra.Command, queries
 			return err
 		}
 		defer database.Close()
-		err = pgx.BeginFunc(cmd.Context(), database, func(tx pgx.Tx) error { return do(cmd.Context(), cmd, db.New(tx)) })
+		err = do(cmd.Context(), cmd, database)
 		var refused *pgconn.PgError
 		if errors.As(err, &refused) {
 			return fmt.Errorf("the database refuses: %s", refused.Message)
@@ -56,11 +57,11 @@ func (a *app) typesShowCommand() *cobra.Command {
 	var name recordName
 	cmd := &cobra.Command{
 		Use: "show [--type TYPE]", Short: "Show for how long records of a type stay, from the database", Args: cobra.NoArgs,
-		RunE: a.onQueries(func(ctx context.Context, _ *cobra.Command, queries *db.Queries) error {
+		RunE: a.onDatabaseOf(func(ctx context.Context, _ *cobra.Command, database *db.DB) error {
 			if err := checkText("type", name.kind); err != nil {
 				return err
 			}
-			return a.showTypes(ctx, queries, name.kind)
+			return a.showTypes(ctx, db.New(database), name.kind)
 		}),
 	}
 	name.addTypeFlag(cmd, "only this type")
@@ -121,75 +122,136 @@ func (a *app) showTypes(ctx context.Context, queries *db.Queries, kind string) e
 
 func (a *app) typesSetCommand() *cobra.Command {
 	var (
-		name   recordName
-		expiry string
-		idle   time.Duration
-		limit  int32
-		audit  bool
+		name    recordName
+		options lifetimeFlags
+		yes     bool
 	)
 	cmd := &cobra.Command{
 		Use: "set --type TYPE", Short: "Set for how long records of a type stay, in the database", Args: cobra.NoArgs,
 		Long: `Set for how long records of a type stay. Only what is given is changed, and it soon holds for the records that are there,
-too. Records that go leave tombstones. These options are not part of the databroker interface, so this needs the database.
+too. When it ends some of them, it says how many and asks, unless --yes is given. Records that go leave tombstones. These options are
+not part of the databroker interface, so this needs the database.
 
 ` + typeHelp,
 		Example: `  pgbroker types set -t session.Session --idle-timeout 8h --user-limit 5
   pgbroker types set -t example.com/Thing --expiry-field valid_until --audit`,
-		RunE: a.onQueries(func(ctx context.Context, cmd *cobra.Command, queries *db.Queries) error {
-			if err := checkText("type", name.kind); err != nil {
+		RunE: a.onDatabaseOf(func(ctx context.Context, cmd *cobra.Command, database *db.DB) error {
+			set, err := lifetimesOf(cmd, recordType(name.kind), &options)
+			if err != nil {
 				return err
 			}
-			if err := checkText("expiry-field", expiry); err != nil {
+			queries := db.New(database)
+			known, err := queries.TypeSummary(ctx, set.kind)
+			if err != nil {
 				return err
 			}
-			kind, given := recordType(name.kind), cmd.Flags().Changed
-			var problems []error
-			if given("expiry-field") {
-				field := &expiry
-				if expiry == "" {
-					field = nil
-				}
-				problems = append(problems, queries.TypeSetExpiry(ctx, db.TypeSetExpiryParams{Type: kind, Field: field}))
+			if len(known) == 0 {
+				a.say("warning: %s", unknownType(name.kind, "has neither records nor options yet"))
 			}
-			if given("idle-timeout") {
-				if idle < 0 {
-					return usagef("--idle-timeout: %v: must be more than 0, or 0 for none", idle)
-				}
-				timeout := &idle
-				if idle == 0 {
-					timeout = nil
-				}
-				problems = append(problems, queries.TypeSetIdleTimeout(ctx, db.TypeSetIdleTimeoutParams{Type: kind, Timeout: timeout}))
-			}
-			if given("user-limit") {
-				if limit < 0 {
-					return usagef("--user-limit: %d: must be more than 0, or 0 for none", limit)
-				}
-				records := &limit
-				if limit == 0 {
-					records = nil
-				}
-				problems = append(problems, queries.TypeSetUserLimit(ctx, db.TypeSetUserLimitParams{Type: kind, Records: records}))
-			}
-			if given("audit") {
-				problems = append(problems, queries.TypeSetAudited(ctx, db.TypeSetAuditedParams{Type: kind, Audited: audit}))
-			}
-			if len(problems) == 0 {
-				return usagef("give what to set, such as --idle-timeout")
-			}
-			if err := errors.Join(problems...); err != nil {
+			would, err := queries.TypeWouldEnd(ctx, db.TypeWouldEndParams{
+				Type: set.kind, IdleTimeout: set.idle, UserLimit: set.limit, ExpiryField: set.expiry,
+			})
+			if err != nil {
 				return err
+			}
+			if would > 0 && !yes {
+				question := fmt.Sprintf("This ends %d of %d records of %s.", would, known[0].Records, name.kind)
+				if err := a.confirm(ctx, question, "nothing was set"); err != nil {
+					return err
+				}
+			}
+			if err := pgx.BeginFunc(ctx, database, func(tx pgx.Tx) error { return set.apply(ctx, db.New(tx)) }); err != nil {
+				return err
+			}
+			if would > 0 {
+				a.say("%d %s end within about a minute", would, plural(int(would), "record"))
 			}
 			return a.showTypes(ctx, queries, name.kind)
 		}),
 	}
 	name.addTypeFlag(cmd, "type of the records")
 	must(cmd.MarkFlagRequired("type"))
-	cmd.Flags().StringVar(&expiry, "expiry-field", "", "payload field with the time at which a record ends; empty for none")
-	duration.Var(cmd.Flags(), &idle, "idle-timeout", 0, nil, "records whose accessed_at is longer ago end; 0 for none")
-	cmd.Flags().Int32Var(&limit, "user-limit", 0, "how many records a user may have, those issued last; 0 for any number")
-	cmd.Flags().BoolVar(&audit, "audit", false, "write deletions to the audit")
+	cmd.Flags().StringVar(&options.expiry, "expiry-field", "", "payload field with the time at which a record ends; empty for none")
+	duration.Var(cmd.Flags(), &options.idle, "idle-timeout", 0, nil, "records whose accessed_at is longer ago end; 0 for none")
+	cmd.Flags().Int32Var(&options.limit, "user-limit", 0, "how many records a user may have, those issued last; 0 for any number")
+	cmd.Flags().BoolVar(&options.audit, "audit", false, "write deletions to the audit")
+	cmd.Flags().BoolVar(&yes, "yes", false, "do not ask")
 	a.addOutputFlag(cmd)
 	addSettingFlags(cmd.Flags(), usePsql)
 	return cmd
+}
+
+// lifetimeFlags are what `types set` is given.
+type lifetimeFlags struct {
+	expiry string
+	idle   time.Duration
+	limit  int32
+	audit  bool
+}
+
+// lifetimes are options of a type that are to be set; what is nil and not given stays.
+type lifetimes struct {
+	kind   string
+	expiry *string
+	idle   *time.Duration
+	limit  *int64
+	audit  bool
+	given  func(flag string) bool
+}
+
+// lifetimesOf reads the flags. What takes an option back is given as nil.
+func lifetimesOf(cmd *cobra.Command, kind string, flags *lifetimeFlags) (*lifetimes, error) {
+	set := &lifetimes{kind: kind, audit: flags.audit, given: cmd.Flags().Changed}
+	for flag, text := range map[string]string{"type": kind, "expiry-field": flags.expiry} {
+		if err := checkText(flag, text); err != nil {
+			return nil, err
+		}
+	}
+	switch {
+	case kind == "":
+		return nil, usagef("--type: must not be empty")
+	case flags.idle < 0:
+		return nil, usagef("--idle-timeout: %v: must be more than 0, or 0 for none", flags.idle)
+	case flags.limit < 0:
+		return nil, usagef("--user-limit: %d: must be more than 0, or 0 for none", flags.limit)
+	case !slices.ContainsFunc([]string{"expiry-field", "idle-timeout", "user-limit", "audit"}, set.given):
+		return nil, usagef("give what to set, such as --idle-timeout")
+	}
+	if flags.expiry != "" {
+		set.expiry = &flags.expiry
+	}
+	if flags.idle != 0 {
+		set.idle = &flags.idle
+	}
+	if limit := int64(flags.limit); limit != 0 {
+		set.limit = &limit
+	}
+	return set, nil
+}
+
+func (l *lifetimes) apply(ctx context.Context, queries *db.Queries) error {
+	if l.given("expiry-field") {
+		if err := queries.TypeSetExpiry(ctx, db.TypeSetExpiryParams{Type: l.kind, Field: l.expiry}); err != nil {
+			return err
+		}
+	}
+	if l.given("idle-timeout") {
+		if err := queries.TypeSetIdleTimeout(ctx, db.TypeSetIdleTimeoutParams{Type: l.kind, Timeout: l.idle}); err != nil {
+			return err
+		}
+	}
+	if l.given("user-limit") {
+		var limit *int32
+		if l.limit != nil {
+			records := int32(*l.limit)
+			limit = &records
+		}
+		if err := queries.TypeSetUserLimit(ctx, db.TypeSetUserLimitParams{Type: l.kind, Records: limit}); err != nil {
+			return err
+		}
+	}
+	if l.given("audit") {
+		return queries.TypeSetAudited(ctx, db.TypeSetAuditedParams{Type: l.kind, Audited: l.audit})
+	}
+	return nil
 }

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/emptypb"
 	"google.golang.org/protobuf/types/known/fieldmaskpb"
 	"google.golang.org/protobuf/types/known/structpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -151,6 +152,38 @@ func (a *app) showVersions(records []*databroker.Record) error {
 	return t.write(a.stdout)
 }
 
+// isKnownType reports whether a record type is one of those that this program knows.
+func isKnownType(name string) bool {
+	message, isURL := strings.CutPrefix(recordType(name), typeURLPrefix)
+	return isURL && knownMessage(message) != nil || slices.Contains(knownTypes, name)
+}
+
+// unknownType is a warning about a type: records under a name that nobody looks for are as good as not there.
+func unknownType(name, why string) string {
+	best, distance := "", 4
+	for _, known := range knownTypes {
+		if d := editDistance(strings.ToLower(name), strings.ToLower(known)); d < distance {
+			best, distance = known, d
+		}
+	}
+	if best != "" {
+		why += " (did you mean " + best + "?)"
+	}
+	return fmt.Sprintf("the type %.80q %s", name, why)
+}
+
+// warnOfType warns when a write is about to make a type that neither this program nor the server knows.
+func (a *app) warnOfType(ctx context.Context, c *client, name string) {
+	if isKnownType(name) {
+		return
+	}
+	response, err := c.records.ListTypes(ctx, new(emptypb.Empty))
+	if err != nil || slices.Contains(response.GetTypes(), recordType(name)) {
+		return // what is wrong with the server, the write itself will say
+	}
+	a.say("warning: %s", unknownType(name, "is new: the server has no record of it"))
+}
+
 // shortType is a record type as people may also write it.
 func shortType(name string) string {
 	if short, ok := strings.CutPrefix(name, typeURLPrefix); ok && knownMessage(short) != nil {
@@ -183,6 +216,7 @@ type URL, and google.protobuf.Struct (any JSON object) otherwise; --payload-type
 			if err != nil {
 				return err
 			}
+			a.warnOfType(ctx, c, name.kind)
 			response, err := c.records.Put(ctx, &databroker.PutRequest{Records: []*databroker.Record{{
 				Type: recordType(name.kind), Id: name.id, Data: payload,
 			}}})

@@ -385,12 +385,79 @@ func TestTypesSetAndShow(t *testing.T) {
 	if out != want {
 		t.Errorf("got %s, want %s", out, want)
 	}
+	if r := try(t, env, "types", "set", "-t", "sesion.Session", "--audit"); r.code != exitOK || !strings.Contains(r.stderr, "did you mean session.Session?") {
+		t.Errorf("types set of a type that is not there: %+v", r)
+	}
 	if r := try(t, env, "types", "show", "--type", "example.com/Thing"); r.code != exitNotFound {
 		t.Errorf("types show of an unknown type: %+v", r)
 	}
 	for _, args := range [][]string{{"--idle-timeout", "-1s"}, {"--user-limit", "-1"}, {}} {
 		if r := try(t, env, append([]string{"types", "set", "-t", "x"}, args...)...); r.code != exitUsage {
 			t.Errorf("types set %q: %d %s", args, r.code, r.stderr)
+		}
+	}
+}
+
+// Options that end records that are there are set only after a look.
+func TestOptionsThatEndRecordsAsk(t *testing.T) {
+	t.Parallel()
+	b, env := startWithSessions(t) // jane has two, used 1 and 30 hours ago, joe one of 10 hours ago
+	database := []string{"PGBROKER_DATABASE_URL=" + b.Database.ConnString}
+	for args, want := range map[string]int{
+		"idle_timeout => '9 hours'": 2, "idle_timeout => '9 hours', user_limit => 1": 2, "user_limit => 1": 1, "user_limit => 2": 0,
+		"ttl => '30 minutes'": 0, "ttl => '1 microsecond'": 3, "capacity => 1": 2, "capacity => 0": 3, "capacity => 3": 0, "expiry_field => 'issued_at'": 3,
+		"expiry_field => 'expires_at'": 0, "user_limit => 1, idle_timeout => '20 hours'": 1, "idle_timeout => NULL": 0,
+	} {
+		var n int
+		if err := b.Database.Pool.QueryRow(t.Context(), `SELECT pgbroker.would_end('session.Session', `+args+`)`).Scan(&n); err != nil || n != want {
+			t.Errorf("would_end with %s: %d, %v, want %d", args, n, err, want)
+		}
+	}
+	// Idle is what was not used for so long, and what never was since it was issued, or else written.
+	b.Database.Exec(t, `INSERT INTO pgbroker.records (type, id, data) VALUES ('t', 'bare', '{}'),
+		('t', 'issued', jsonb_build_object('issued_at', now() - interval '2 hours')),
+		('t', 'used', jsonb_build_object('issued_at', now() - interval '2 hours', 'accessed_at', now()))`)
+	var n int
+	if err := b.Database.Pool.QueryRow(t.Context(), `SELECT pgbroker.would_end('t', idle_timeout => '1 hour')`).Scan(&n); err != nil || n != 1 {
+		t.Errorf("would_end by an idle timeout: %d, %v, want 1", n, err)
+	}
+	options := func() (text string) {
+		t.Helper()
+		if err := b.Database.Pool.QueryRow(t.Context(), `SELECT concat_ws(' ', idle_timeout, user_limit, capacity, ttl) FROM pgbroker.type_summary
+			WHERE name = 'session.Session'`).Scan(&text); err != nil {
+			t.Fatal(err)
+		}
+		return text
+	}
+	for _, c := range []struct {
+		env  []string
+		args []string
+		want string
+		then string
+	}{
+		{database, []string{"types", "set", "--idle-timeout", "9h"}, "This ends 2 of 3 records of session.Session.", "09:00:00"},
+		{database, []string{"types", "set", "--user-limit", "1"}, "This ends 1 of 3 records of session.Session.", "09:00:00 1"},
+		{database, []string{"types", "set", "--user-limit", "0", "--idle-timeout", "0"}, "", ""},
+		{env, []string{"options", "set", "--capacity", "1"}, "This ends 2 of 3 records of session.Session.", "1"},
+		{env, []string{"options", "set", "--capacity", "7", "--ttl", "1ms"}, "This ends 3 of 3 records of session.Session.", "7 00:00:00.001"},
+		{env, []string{"options", "set", "--capacity", "3", "--ttl", "1d"}, "", "3 24:00:00"},
+	} {
+		args := append(c.args, "-t", "session.Session")
+		before := options()
+		if c.want != "" {
+			for _, r := range []result{try(t, c.env, args...), tryAtTerminal(t, "no\n", 80, c.env, args...)} {
+				if r.code == exitOK || !strings.Contains(r.stderr, c.want) || !strings.Contains(r.stderr, "nothing was set") {
+					t.Errorf("%q: exit code %d and %q, want %q", args, r.code, r.stderr, c.want)
+				}
+			}
+			if got := options(); got != before {
+				t.Errorf("%q: set is %q though nobody has said yes", args, got)
+			}
+			args = append(args, "--yes")
+		}
+		mustTry(t, c.env, args...)
+		if got := options(); got != c.then {
+			t.Errorf("%q: set is %q, want %q", args, got, c.then)
 		}
 	}
 }

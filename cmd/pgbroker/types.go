@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"strconv"
 	"time"
 
@@ -108,11 +109,13 @@ func (a *app) optionsSetCommand() *cobra.Command {
 		capacity uint64
 		ttl      time.Duration
 		fields   []string
+		yes      bool
 	)
 	cmd := &cobra.Command{
 		Use: "set --type TYPE [--capacity N] [--ttl DURATION] [--indexable-field FIELD]", Short: "Set the options of a type", Args: cobra.NoArgs,
 		Long: `Set the options of a type, replacing all that were set before: what is left out is taken back. The capacity is enforced at
-the next write of the type, the time to live within a minute; records that go leave tombstones, so that every stream sees it.
+the next write of the type, the time to live within a minute; records that go leave tombstones, so that every stream sees it. When
+that ends some of the records that are there, it says how many and asks, unless --yes is given.
 
 ` + typeHelp,
 		Example: `  pgbroker options set -t session.SessionBindingRequest --capacity 50000 --ttl 15m
@@ -136,6 +139,15 @@ the next write of the type, the time to live within a minute; records that go le
 				}
 				options.Ttl = durationpb.New(ttl)
 			}
+			a.warnOfType(ctx, c, name.kind)
+			if would, all, err := optionsWouldEnd(ctx, c, recordType(name.kind), options); err != nil {
+				return err
+			} else if would > 0 && !yes {
+				question := fmt.Sprintf("This ends %d of %d records of %s.", would, all, name.kind)
+				if err := a.confirm(ctx, question, "nothing was set"); err != nil {
+					return err
+				}
+			}
 			response, err := c.records.SetOptions(ctx, &databroker.SetOptionsRequest{Type: recordType(name.kind), Options: options})
 			if err != nil {
 				return err
@@ -147,8 +159,38 @@ the next write of the type, the time to live within a minute; records that go le
 	must(cmd.MarkFlagRequired("type"))
 	cmd.Flags().Uint64Var(&capacity, "capacity", 0, "keep only so many records, those written last")
 	duration.Var(cmd.Flags(), &ttl, "ttl", 0, nil, "delete records that were not written for so long")
+	cmd.Flags().BoolVar(&yes, "yes", false, "do not ask")
 	cmd.Flags().StringArrayVar(&fields, "indexable-field", nil, "field that records are looked up by; may be repeated")
 	a.addOutputFlag(cmd)
 	a.addClientFlags(cmd)
 	return cmd
+}
+
+// optionsWouldEnd returns how many records of a type options would end if they were set, and how many there are. For a time to
+// live all are read, since no databroker finds them by it.
+func optionsWouldEnd(ctx context.Context, c *client, recordType string, options *databroker.Options) (would, all int64, err error) {
+	if options.Capacity == nil && options.Ttl == nil {
+		return 0, 0, nil
+	}
+	response, err := c.records.Query(ctx, &databroker.QueryRequest{Type: recordType})
+	if err != nil {
+		return 0, 0, err
+	}
+	all = response.GetTotalCount()
+	if options.Capacity != nil && all > 0 && uint64(all) > options.GetCapacity() {
+		would = all - int64(options.GetCapacity())
+	}
+	if options.Ttl != nil && all > 0 {
+		oldest := time.Now().Add(-options.GetTtl().AsDuration())
+		var outdated int64
+		if err := readRecords(ctx, c, recordType, func(record *databroker.Record) {
+			if record.GetModifiedAt().AsTime().Before(oldest) {
+				outdated++
+			}
+		}); err != nil {
+			return 0, 0, err
+		}
+		would = max(would, outdated) // both mean those that were written longest ago
+	}
+	return would, all, nil
 }

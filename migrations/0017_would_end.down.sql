@@ -1,0 +1,1 @@
+DROP FUNCTION pgbroker.would_end;
