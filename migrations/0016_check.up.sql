@@ -46,7 +46,7 @@ CREATE FUNCTION pgbroker.setup_problems()
     SELECT (SELECT s.last_value FROM pgbroker.record_version s) AS issued,
            greatest((SELECT max(c.version) FROM pgbroker.changes c),
                     (SELECT s.base_version FROM pgbroker.state s),
-                    (SELECT max(e.last_version) FROM pgbroker.epochs e)) AS used
+                    (SELECT max(e.first_version) FROM pgbroker.epochs e)) AS used
   )
   SELECT CASE WHEN t.oid IS NULL THEN 'missing trigger' ELSE 'disabled trigger' END AS problem,
          e.relation || '.' || e.trigger AS subject,
@@ -57,6 +57,30 @@ CREATE FUNCTION pgbroker.setup_problems()
     LEFT JOIN pg_catalog.pg_class c ON c.relname = e.relation AND c.relnamespace = 'pgbroker'::regnamespace
     LEFT JOIN pg_catalog.pg_trigger t ON t.tgrelid = c.oid AND t.tgname = e.trigger AND NOT t.tgisinternal
     WHERE t.oid IS NULL OR t.tgenabled NOT IN ('O', 'A')
+  UNION ALL
+  -- After a restore as another role, say: triggers run with the rights of whoever owns their functions.
+  SELECT 'foreign owner', o.name, pg_catalog.format('it belongs to %I, and the schema to %I; restore as one role, or ALTER … OWNER TO',
+                                                    pg_catalog.pg_get_userbyid(o.owner), pg_catalog.pg_get_userbyid(n.nspowner)), false
+    FROM pg_catalog.pg_namespace n CROSS JOIN (
+      SELECT c.relname::text AS name, c.relowner AS owner FROM pg_catalog.pg_class c
+        WHERE c.oid IN (SELECT pg_catalog.to_regclass('pgbroker.' || e.relation) FROM expected e)
+      UNION
+      SELECT p.proname || '()', p.proowner FROM pg_catalog.pg_trigger t JOIN pg_catalog.pg_proc p ON p.oid = t.tgfoid
+        WHERE t.tgrelid IN (SELECT pg_catalog.to_regclass('pgbroker.' || e.relation) FROM expected e) AND NOT t.tgisinternal
+          AND p.pronamespace = 'pgbroker'::regnamespace
+    ) o
+    WHERE n.oid = 'pgbroker'::regnamespace AND o.owner <> n.nspowner
+  UNION ALL
+  SELECT 'open to everybody', c.relname::text, pg_catalog.format('REVOKE ALL ON pgbroker.%I FROM PUBLIC', c.relname), false
+    FROM pg_catalog.pg_class c
+    WHERE c.relnamespace = 'pgbroker'::regnamespace
+      AND (EXISTS (SELECT FROM pg_catalog.aclexplode(c.relacl) a WHERE a.grantee = 0)
+        OR EXISTS (SELECT FROM pg_catalog.pg_attribute a CROSS JOIN pg_catalog.aclexplode(a.attacl) x
+                   WHERE a.attrelid = c.oid AND x.grantee = 0))
+  UNION ALL
+  SELECT 'missing options', t.type, 'sessions would not expire; restore pgbroker.record_types from a dump', false
+    FROM (VALUES ('type.googleapis.com/session.Session')) t (type)
+    WHERE NOT EXISTS (SELECT FROM pgbroker.record_types r WHERE r.type = t.type)
   UNION ALL
   SELECT 'missing row', 'state', 'the data set has no identity; restore the table from a dump', false
     WHERE NOT EXISTS (SELECT FROM pgbroker.state)
@@ -234,7 +258,7 @@ BEGIN
   PERFORM pgbroker.lock_order();
   INSERT INTO pgbroker.checkpoint DEFAULT VALUES ON CONFLICT DO NOTHING;
   used := greatest((SELECT max(c.version) FROM pgbroker.changes c), (SELECT s.base_version FROM pgbroker.state s),
-                   (SELECT max(e.last_version) FROM pgbroker.epochs e), (SELECT max(r.version) FROM pgbroker.records r));
+                   (SELECT max(e.first_version) FROM pgbroker.epochs e), (SELECT max(r.version) FROM pgbroker.records r));
   IF used > (SELECT s.last_value FROM pgbroker.record_version s) THEN
     PERFORM setval('pgbroker.record_version', used);
   END IF;

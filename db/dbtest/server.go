@@ -112,6 +112,9 @@ func (p *Postgres) SocketConnString() string { return p.server.ConnString() }
 // that it runs as.
 func (p *Postgres) Dir() string { return filepath.Join(p.server.Dir(), "postgres") }
 
+// LogFile returns the path of the server's log.
+func (p *Postgres) LogFile() string { return p.server.LogFile() }
+
 // PID returns the process of the postmaster, the parent of all others.
 func (p *Postgres) PID() int { return p.server.PID() }
 

@@ -390,6 +390,12 @@ func (s *Server) arguments() []string {
 		"unix_socket_permissions": "0700",
 		"logging_collector":       "off",
 		"log_destination":         "stderr",
+		// What people and replicas write has tokens in it. Of a statement that fails neither its text, nor its parameters, nor the
+		// row that it failed for are logged; whoever has sent it is told all of that.
+		"log_min_error_statement":           "panic",
+		"log_error_verbosity":               "terse",
+		"log_parameter_max_length":          "0",
+		"log_parameter_max_length_on_error": "0",
 		// The defaults are for machines of long ago: with them a directory that is loaded makes a checkpoint every few
 		// seconds, and the pages that sessions are in move in and out. The memory is taken as it is used.
 		"shared_buffers": "512MB",

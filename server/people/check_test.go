@@ -120,6 +120,11 @@ func TestCheckFindsAndRepairs(t *testing.T) {
 			[]string{"UPDATE pgbroker.record_types SET purged_version = (SELECT latest_version + 10 FROM pgbroker.versions) WHERE type = " + session},
 			[]string{"purged ahead session.Session"},
 		},
+		"epoch": {
+			[]string{"INSERT INTO pgbroker.epochs SELECT first_version + 1000, first_version, system_identifier, timeline FROM " +
+				"(SELECT latest_version AS first_version, s.system_identifier, s.timeline FROM pgbroker.versions, pgbroker.state s) e"},
+			[]string{"sequence behind record_version"},
+		},
 		"trigger": {
 			[]string{"ALTER TABLE pgbroker.records DISABLE TRIGGER records_log_delete"},
 			[]string{"disabled trigger records.records_log_delete"},
@@ -151,6 +156,37 @@ func TestCheckFindsAndRepairs(t *testing.T) {
 			}
 			streamed.awaitEqual(t, b)
 		})
+	}
+}
+
+// TestCheckFindsWhatItCannotRepair: some things only a person can put right. They are named.
+func TestCheckFindsWhatItCannotRepair(t *testing.T) {
+	t.Parallel()
+	b := servertest.New(t, servertest.Options{Configure: quiet})
+	conn := b.Database.Connect(t)
+	role := "other_" + b.Database.Name
+	for _, s := range []string{
+		"CREATE ROLE " + role, "GRANT CREATE, USAGE ON SCHEMA pgbroker TO " + role,
+		"ALTER TABLE pgbroker.services OWNER TO " + role, "ALTER FUNCTION pgbroker.log_deletes() OWNER TO " + role,
+		"GRANT SELECT (id) ON pgbroker.records TO PUBLIC", "GRANT DELETE ON pgbroker.audit TO PUBLIC",
+		"ALTER TABLE pgbroker.leases ENABLE ROW LEVEL SECURITY",
+		"SET session_replication_role = replica", "DELETE FROM pgbroker.record_types WHERE type LIKE '%session.Session'",
+		"DELETE FROM pgbroker.state",
+		"UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'pgbroker.audit_id'::regclass",
+	} {
+		if _, err := conn.Exec(t.Context(), s); err != nil {
+			t.Fatalf("%s: %v", s, err)
+		}
+	}
+	t.Cleanup(func() {
+		b.Database.Exec(t, "REASSIGN OWNED BY "+role+" TO CURRENT_USER; DROP OWNED BY "+role+"; DROP ROLE "+role)
+	})
+	want := []string{
+		"foreign owner log_deletes()", "foreign owner services", "invalid index audit_id", "missing options session.Session",
+		"missing row state", "open to everybody audit", "open to everybody records", "row security leases",
+	}
+	if found := problems(t, b); !slices.Equal(found, want) {
+		t.Errorf("found %q,\nwant  %q", found, want)
 	}
 }
 

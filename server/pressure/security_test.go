@@ -24,6 +24,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"pgbroker/db"
+	"pgbroker/db/dbtest"
 	"pgbroker/proto/databroker"
 	"pgbroker/proto/registry"
 	"pgbroker/proto/session"
@@ -352,5 +353,47 @@ func TestReflectionShowsNoData(t *testing.T) {
 	}
 	if len(open) < 2 {
 		t.Errorf("only %v answer without a token: this test proves nothing", open)
+	}
+}
+
+// TestTheServersLogHoldsNoTokens: of statements that fail, the log of an embedded PostgreSQL has neither text, nor parameters, nor rows.
+func TestTheServersLogHoldsNoTokens(t *testing.T) {
+	t.Parallel()
+	const secret = "hunter2-t0ken"
+	postgres := dbtest.Server(t, nil)
+	migrate(t, postgres.ConnString())
+	conn, err := pgx.Connect(t.Context(), postgres.ConnString())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(t.Context())
+	for _, statement := range []struct {
+		sql       string
+		arguments []any
+	}{
+		{"INSERT INTO pgbroker.records (type, id, payload) VALUES ('t', NULL, '" + secret + "')", nil},     // in the text, and in the row
+		{"INSERT INTO pgbroker.records (type, id, payload) VALUES ('t', NULL, $1)", []any{[]byte(secret)}}, // in a parameter, and in the row
+		{"INSERT INTO pgbroker.records (type, id, data) VALUES ('type.googleapis.com/session.Session', 'a', $1)", []any{`{"id": "` + secret + `", "id_token": {"raw": 7}}`}},
+	} {
+		if _, err := conn.Exec(t.Context(), statement.sql, statement.arguments...); err == nil {
+			t.Fatalf("%s succeeds", statement.sql)
+		}
+	}
+	if _, err := conn.Exec(t.Context(), "DO $$ BEGIN RAISE LOG 'the end of the log'; END $$"); err != nil {
+		t.Fatal(err)
+	}
+	var log string
+	await(t, "the end of the log", func() bool {
+		b, err := os.ReadFile(postgres.LogFile())
+		if err != nil {
+			t.Fatal(err)
+		}
+		log = string(b)
+		return strings.Contains(log, "the end of the log")
+	})
+	for line := range strings.Lines(log) {
+		if strings.Contains(line, secret) {
+			t.Errorf("in the log: %s", line)
+		}
 	}
 }
