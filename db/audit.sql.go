@@ -11,45 +11,46 @@ import (
 	"time"
 )
 
-const auditPurge = `-- name: AuditPurge :execrows
-DELETE FROM pgbroker.audit
-WHERE number IN (SELECT a.number FROM pgbroker.audit a ORDER BY a.number LIMIT $1)
-  AND at < clock_timestamp() - $2::interval
+const auditPurge = `-- name: AuditPurge :one
+SELECT pgbroker.purge_audit($1::bigint, $2::interval)::bigint AS purged
 `
 
 type AuditPurgeParams struct {
-	MaxRows   int32
+	MaxRows   int64
 	Retention time.Duration
 }
 
 // Removes entries past their retention, the oldest first.
 //
-//	DELETE FROM pgbroker.audit
-//	WHERE number IN (SELECT a.number FROM pgbroker.audit a ORDER BY a.number LIMIT $1)
-//	  AND at < clock_timestamp() - $2::interval
+//	SELECT pgbroker.purge_audit($1::bigint, $2::interval)::bigint AS purged
 func (q *Queries) AuditPurge(ctx context.Context, arg AuditPurgeParams) (int64, error) {
-	result, err := q.db.Exec(ctx, auditPurge, arg.MaxRows, arg.Retention)
-	if err != nil {
-		return 0, err
-	}
-	return result.RowsAffected(), nil
+	row := q.db.QueryRow(ctx, auditPurge, arg.MaxRows, arg.Retention)
+	var purged int64
+	err := row.Scan(&purged)
+	return purged, err
 }
 
 const grants = `-- name: Grants :many
-SELECT pgbroker.grants($1::text, $2::text, $3::text)::text
+SELECT pgbroker.grants($1::text, $2::text, $3::text, $4::text)::text
 `
 
 type GrantsParams struct {
-	Reader string
-	Writer string
-	Server string
+	Reader  string
+	Writer  string
+	Server  string
+	Revoker string
 }
 
-// The statements that give a reader, a writer and the role of the replicas their privileges; ” leaves one out.
+// The statements that give a reader, a revoker, a writer and the role of the replicas their privileges; ” leaves one out.
 //
-//	SELECT pgbroker.grants($1::text, $2::text, $3::text)::text
+//	SELECT pgbroker.grants($1::text, $2::text, $3::text, $4::text)::text
 func (q *Queries) Grants(ctx context.Context, arg GrantsParams) ([]string, error) {
-	rows, err := q.db.Query(ctx, grants, arg.Reader, arg.Writer, arg.Server)
+	rows, err := q.db.Query(ctx, grants,
+		arg.Reader,
+		arg.Writer,
+		arg.Server,
+		arg.Revoker,
+	)
 	if err != nil {
 		return nil, err
 	}

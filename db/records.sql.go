@@ -67,14 +67,19 @@ func (q *Queries) RecordLongestPrefix(ctx context.Context, arg RecordLongestPref
 }
 
 const recordsClear = `-- name: RecordsClear :exec
-TRUNCATE pgbroker.records
+SELECT pgbroker.clear_records($1::text, $2::text)
 `
 
-// Removes every record; a trigger makes that a new data set.
+type RecordsClearParams struct {
+	Key    string
+	Person string
+}
+
+// Removes every record, which makes a new data set; the audit names the key and the person, ” for none.
 //
-//	TRUNCATE pgbroker.records
-func (q *Queries) RecordsClear(ctx context.Context) error {
-	_, err := q.db.Exec(ctx, recordsClear)
+//	SELECT pgbroker.clear_records($1::text, $2::text)
+func (q *Queries) RecordsClear(ctx context.Context, arg RecordsClearParams) error {
+	_, err := q.db.Exec(ctx, recordsClear, arg.Key, arg.Person)
 	return err
 }
 
@@ -157,25 +162,11 @@ owners AS MATERIALIZED (
   FROM page p
   JOIN pgbroker.records r ON r.type = ANY (ARRAY[p.type]) AND r.id = p.id
   WHERE r.index_fields ? 'user_id'
-),
-ranked AS (
-  SELECT r.id, r.version, t.user_limit,
-         row_number() OVER (
-           PARTITION BY o.user_id ORDER BY pgbroker.parse_time(r.data ->> 'issued_at') DESC NULLS LAST, r.version DESC) AS place
-  FROM pgbroker.record_types t
-  CROSS JOIN owners o
-  -- The fence keeps the planner from joining the whole table.
-  CROSS JOIN LATERAL (
-    SELECT records.id, records.version, records.data FROM pgbroker.records
-    WHERE records.type || '' = $2 AND records.index_fields @> jsonb_build_object('user_id', o.user_id) OFFSET 0
-  ) r
-  WHERE t.type = $2
 )
 SELECT (SELECT coalesce(max(p.version), $1) AS version FROM page p)::bigint AS last_version,
        (SELECT count(*) AS n FROM page p)::bigint AS seen,
-       coalesce(array_agg(k.id) FILTER (WHERE k.place > k.user_limit), '{}')::text[] AS ids,
-       coalesce(array_agg(k.version) FILTER (WHERE k.place > k.user_limit), '{}')::bigint[] AS versions
-FROM ranked k
+       coalesce(array_agg(e.id), '{}')::text[] AS ids, coalesce(array_agg(e.version), '{}')::bigint[] AS versions
+FROM pgbroker.excess_records($2, ARRAY(SELECT o.user_id FROM owners o)) AS e
 `
 
 type RecordsExcessParams struct {
@@ -204,25 +195,11 @@ type RecordsExcessRow struct {
 //	  FROM page p
 //	  JOIN pgbroker.records r ON r.type = ANY (ARRAY[p.type]) AND r.id = p.id
 //	  WHERE r.index_fields ? 'user_id'
-//	),
-//	ranked AS (
-//	  SELECT r.id, r.version, t.user_limit,
-//	         row_number() OVER (
-//	           PARTITION BY o.user_id ORDER BY pgbroker.parse_time(r.data ->> 'issued_at') DESC NULLS LAST, r.version DESC) AS place
-//	  FROM pgbroker.record_types t
-//	  CROSS JOIN owners o
-//	  -- The fence keeps the planner from joining the whole table.
-//	  CROSS JOIN LATERAL (
-//	    SELECT records.id, records.version, records.data FROM pgbroker.records
-//	    WHERE records.type || '' = $2 AND records.index_fields @> jsonb_build_object('user_id', o.user_id) OFFSET 0
-//	  ) r
-//	  WHERE t.type = $2
 //	)
 //	SELECT (SELECT coalesce(max(p.version), $1) AS version FROM page p)::bigint AS last_version,
 //	       (SELECT count(*) AS n FROM page p)::bigint AS seen,
-//	       coalesce(array_agg(k.id) FILTER (WHERE k.place > k.user_limit), '{}')::text[] AS ids,
-//	       coalesce(array_agg(k.version) FILTER (WHERE k.place > k.user_limit), '{}')::bigint[] AS versions
-//	FROM ranked k
+//	       coalesce(array_agg(e.id), '{}')::text[] AS ids, coalesce(array_agg(e.version), '{}')::bigint[] AS versions
+//	FROM pgbroker.excess_records($2, ARRAY(SELECT o.user_id FROM owners o)) AS e
 func (q *Queries) RecordsExcess(ctx context.Context, arg RecordsExcessParams) (RecordsExcessRow, error) {
 	row := q.db.QueryRow(ctx, recordsExcess, arg.AfterVersion, arg.Type, arg.MaxRows)
 	var i RecordsExcessRow
@@ -642,7 +619,8 @@ SELECT s.server_version, coalesce(c.version, 0)::bigint AS version, coalesce(c.t
 FROM pgbroker.state s
 LEFT JOIN pgbroker.write_records(
   $1::text[], $2::text[], $3::boolean[], $4::bytea[], $5::text[],
-  $6::text[], $7::text[], $8::integer[], $9::bigint[]) c ON true
+  $6::text[], $7::text[], $8::integer[], $9::bigint[],
+  $10::text[], $11::text[]) c ON true
 `
 
 type RecordsWriteParams struct {
@@ -655,6 +633,8 @@ type RecordsWriteParams struct {
 	IndexCIDRs  []string
 	Requests    []int32
 	Expected    []int64
+	Keys        []string
+	Persons     []string
 }
 
 type RecordsWriteRow struct {
@@ -676,7 +656,8 @@ type RecordsWriteRow struct {
 //	FROM pgbroker.state s
 //	LEFT JOIN pgbroker.write_records(
 //	  $1::text[], $2::text[], $3::boolean[], $4::bytea[], $5::text[],
-//	  $6::text[], $7::text[], $8::integer[], $9::bigint[]) c ON true
+//	  $6::text[], $7::text[], $8::integer[], $9::bigint[],
+//	  $10::text[], $11::text[]) c ON true
 func (q *Queries) RecordsWrite(ctx context.Context, arg RecordsWriteParams) ([]RecordsWriteRow, error) {
 	rows, err := q.db.Query(ctx, recordsWrite,
 		arg.Types,
@@ -688,6 +669,8 @@ func (q *Queries) RecordsWrite(ctx context.Context, arg RecordsWriteParams) ([]R
 		arg.IndexCIDRs,
 		arg.Requests,
 		arg.Expected,
+		arg.Keys,
+		arg.Persons,
 	)
 	if err != nil {
 		return nil, err

@@ -66,14 +66,17 @@ COMMENT ON COLUMN pgbroker.epochs.started_at IS 'When the new server was first n
 -- Which server this is
 -- ---------------------------------------------------------------------------------------------
 
+-- The two that tell the timeline run several times for each write, and setting a search path for them would take as long as
+-- they do: instead every name in them, and every operator, says which schema it is from.
 CREATE FUNCTION pgbroker.server_timeline() RETURNS bigint
   LANGUAGE plpgsql VOLATILE AS $$
 BEGIN
-  IF pg_is_in_recovery() THEN
+  IF pg_catalog.pg_is_in_recovery() THEN
     RETURN NULL;
   END IF;
   -- The WAL file name shows a promotion at once; pg_control_checkpoint() only after the next checkpoint.
-  RETURN ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::bigint;
+  RETURN ('x' OPERATOR(pg_catalog.||) pg_catalog.substr(
+    pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()), 1, 8))::bit(32)::bigint;
 EXCEPTION
   WHEN insufficient_privilege OR feature_not_supported OR object_not_in_prerequisite_state THEN
     RETURN NULL;
@@ -83,7 +86,7 @@ COMMENT ON FUNCTION pgbroker.server_timeline() IS
   'Timeline that this server writes now; a promotion raises it. NULL on a standby, and where a managed service hides it.';
 
 CREATE FUNCTION pgbroker.server_system_identifier() RETURNS bigint
-  LANGUAGE plpgsql VOLATILE AS $$
+  LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
   RETURN (pg_control_system()).system_identifier;
 EXCEPTION
@@ -99,9 +102,10 @@ CREATE FUNCTION pgbroker.current_timeline() RETURNS bigint
 DECLARE
   visible bigint := pgbroker.server_timeline();
 BEGIN
-  IF visible IS NULL AND NOT pg_is_in_recovery() THEN
+  IF visible IS NULL AND NOT pg_catalog.pg_is_in_recovery() THEN
     -- It may have changed with every start. An epoch too many does no harm.
-    RETURN (SELECT CASE WHEN s.server_started = pg_postmaster_start_time() THEN s.timeline ELSE 0 END FROM pgbroker.state s);
+    RETURN (SELECT CASE WHEN s.server_started OPERATOR(pg_catalog.=) pg_catalog.pg_postmaster_start_time() THEN s.timeline ELSE 0 END
+            FROM pgbroker.state s);
   END IF;
   RETURN visible;
 END
@@ -111,7 +115,7 @@ COMMENT ON FUNCTION pgbroker.current_timeline() IS
   'NULL on a standby.';
 
 CREATE FUNCTION pgbroker.current_system_identifier() RETURNS bigint
-  LANGUAGE plpgsql VOLATILE AS $$
+  LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
   visible bigint := pgbroker.server_system_identifier();
 BEGIN

@@ -33,14 +33,15 @@ COMMENT ON COLUMN pgbroker.record_types.indexable_fields IS 'Option: payload fie
 COMMENT ON COLUMN pgbroker.record_types.projected_fields IS 'Fields that every write of the type puts into records.index_fields; only ever grows.';
 COMMENT ON COLUMN pgbroker.record_types.indexed_fields IS 'Fields that records.index_fields holds for every record of the type, so that filters may rely on it.';
 COMMENT ON COLUMN pgbroker.record_types.purged_version IS 'Highest tombstone version of the type that retention has removed from the change log.';
-COMMENT ON COLUMN pgbroker.record_types.audited IS 'Whether deletions of the type''s records are written to the audit.';
+COMMENT ON COLUMN pgbroker.record_types.audited IS 'Whether it is written to the audit when records of the type end or change hands.';
 
 CREATE TABLE pgbroker.records (
   type         text        COLLATE "C" NOT NULL,
   id           text        COLLATE "C" NOT NULL,
   version      bigint      NOT NULL DEFAULT 0,
-  modified_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
-  expires_at   timestamptz,
+  modified_at  timestamptz NOT NULL DEFAULT clock_timestamp() CHECK (isfinite(modified_at)),
+  expires_at   timestamptz CHECK (isfinite(expires_at)),
+  projected    smallint    CHECK (projected = 0),
   index_cidr   inet,
   index_fields jsonb,
   payload      bytea,
@@ -81,6 +82,10 @@ COMMENT ON COLUMN pgbroker.records.id IS 'Identifier within the type.';
 COMMENT ON COLUMN pgbroker.records.version IS 'Record version of the latest write; set by trigger.';
 COMMENT ON COLUMN pgbroker.records.modified_at IS 'Time of the latest write by the database''s clock; set by trigger.';
 COMMENT ON COLUMN pgbroker.records.expires_at IS 'Time named by the payload field record_types.expiry_field; set by trigger.';
+COMMENT ON COLUMN pgbroker.records.projected IS
+  'Whose data are: 0 where a replica has made them from the payload, NULL where a payload was made from them, or both were written '
+  'in SQL. A statement that sets it to 1 says that its data are the projection of its payload; to 2, that they are that of the '
+  'payload that is there, so that the record has not changed. Who may not write this column can say neither.';
 COMMENT ON COLUMN pgbroker.records.index_cidr IS 'Prefix named by the payload''s $index.cidr, for look-ups by address.';
 COMMENT ON COLUMN pgbroker.records.index_fields IS 'Text of the payload fields in record_types.projected_fields; set by trigger.';
 COMMENT ON COLUMN pgbroker.records.payload IS 'Serialized google.protobuf.Any exactly as written; NULL if the record has none.';

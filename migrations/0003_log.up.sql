@@ -4,7 +4,7 @@ CREATE TABLE pgbroker.changes (
   version    bigint      PRIMARY KEY,
   type       text        COLLATE "C" NOT NULL,
   id         text        COLLATE "C" NOT NULL,
-  changed_at timestamptz NOT NULL,
+  changed_at timestamptz NOT NULL CHECK (isfinite(changed_at)),
   deleted    boolean     NOT NULL
 ) WITH (autovacuum_vacuum_scale_factor = 0.02, autovacuum_analyze_scale_factor = 0.02, vacuum_truncate = off);
 COMMENT ON TABLE  pgbroker.changes IS

@@ -39,7 +39,7 @@ COMMENT ON COLUMN pgbroker.checkpoint.record_version IS 'Record version reached 
 INSERT INTO pgbroker.checkpoint DEFAULT VALUES;
 
 CREATE FUNCTION pgbroker.services_notify() RETURNS trigger
-  LANGUAGE plpgsql AS $$
+  LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
   PERFORM pg_notify('pgbroker_services', '');
   RETURN NULL;

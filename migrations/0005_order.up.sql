@@ -3,7 +3,7 @@
 -- Lock order, everywhere: tables, then the order lock, then rows.
 
 CREATE FUNCTION pgbroker.begin_epoch() RETURNS void
-  LANGUAGE plpgsql AS $$
+  LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
   survived bigint := (SELECT latest_version FROM pgbroker.versions);
   issued   bigint := greatest(survived, (SELECT last_value FROM pgbroker.record_version));
@@ -35,7 +35,7 @@ COMMENT ON FUNCTION pgbroker.begin_epoch() IS
   'issued any. Call under the order lock.';
 
 CREATE FUNCTION pgbroker.check_epoch() RETURNS void
-  LANGUAGE plpgsql AS $$
+  LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
   IF NOT EXISTS (
     SELECT FROM pgbroker.state s
@@ -51,21 +51,22 @@ $$;
 COMMENT ON FUNCTION pgbroker.check_epoch() IS
   'Begins an epoch if the server or its timeline is not the one that issued the latest versions. Call under the order lock.';
 
+-- With names in full instead of a search path, as the functions that tell the timeline, and for the same reason.
 CREATE FUNCTION pgbroker.lock_order() RETURNS void
   LANGUAGE plpgsql AS $$
 DECLARE
-  present_timeline bigint      := pgbroker.current_timeline();
-  present_server   timestamptz := pg_postmaster_start_time();
+  present_timeline bigint                 := pgbroker.current_timeline();
+  present_server   pg_catalog.timestamptz := pg_catalog.pg_postmaster_start_time();
 BEGIN
   -- Versions are assigned under this lock and it is held to the end of the transaction, so they become
   -- visible in the order in which they are assigned. A transaction that notifies serialises its commit
   -- on a lock of Postgres's own anyway.
-  PERFORM pg_advisory_xact_lock(7236837420591218);
+  PERFORM pg_catalog.pg_advisory_xact_lock(7236837420591218);
   -- Found by its key even where a caller has turned sequential scans off: one would look so expensive then
   -- that the statement is compiled (JIT) each time.
   IF NOT EXISTS (
     SELECT FROM pgbroker.state s
-    WHERE s.singleton AND s.timeline = present_timeline AND s.server_started = present_server
+    WHERE s.singleton AND s.timeline OPERATOR(pg_catalog.=) present_timeline AND s.server_started OPERATOR(pg_catalog.=) present_server
   ) THEN
     PERFORM pgbroker.check_epoch();
   END IF;
@@ -76,7 +77,7 @@ COMMENT ON FUNCTION pgbroker.lock_order() IS
   'Everything that assigns record versions or changes options takes it before any row.';
 
 CREATE FUNCTION pgbroker.settle_epoch() RETURNS void
-  LANGUAGE plpgsql AS $$
+  LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
   -- Whoever holds the order lock has looked, and has begun the epoch if it was due.
   IF pg_try_advisory_xact_lock(7236837420591218) THEN

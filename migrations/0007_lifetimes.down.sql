@@ -1,8 +1,10 @@
 DROP FUNCTION pgbroker.purge_tombstones;
 DROP FUNCTION pgbroker.end_excess_records;
+DROP FUNCTION pgbroker.excess_records;
 DROP FUNCTION pgbroker.end_idle_records;
 DROP FUNCTION pgbroker.expire_by_ttl;
 DROP FUNCTION pgbroker.expire_records;
+DROP FUNCTION pgbroker.end_records;
 DROP FUNCTION pgbroker.install_builtin_options;
 DROP FUNCTION pgbroker.set_user_limit;
 DROP FUNCTION pgbroker.set_idle_timeout;

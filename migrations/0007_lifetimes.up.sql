@@ -5,7 +5,7 @@
 -- ---------------------------------------------------------------------------------------------
 
 CREATE FUNCTION pgbroker.plan_projected_fields() RETURNS trigger
-  LANGUAGE plpgsql AS $$
+  LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
   -- Grow only: a replica that has not yet heard of a change of options may still rely on any of them.
   NEW.projected_fields := ARRAY(
@@ -20,7 +20,7 @@ COMMENT ON FUNCTION pgbroker.plan_projected_fields() IS
   'Trigger: which fields writes must index from now on; the existing records are brought up to it in the background.';
 
 CREATE FUNCTION pgbroker.announce_options() RETURNS trigger
-  LANGUAGE plpgsql AS $$
+  LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
   UPDATE pgbroker.state SET options_version = options_version + 1;
   PERFORM pg_notify('pgbroker_changes', '');
@@ -30,7 +30,7 @@ $$;
 COMMENT ON FUNCTION pgbroker.announce_options() IS 'Trigger: makes every replica reload the options and tell its streams.';
 
 CREATE FUNCTION pgbroker.refuse_forgetting_types() RETURNS trigger
-  LANGUAGE plpgsql AS $$
+  LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
   RAISE EXCEPTION 'record types cannot be deleted: their counts and purged versions are needed'
     USING ERRCODE = 'integrity_constraint_violation',
@@ -140,46 +140,76 @@ INSERT INTO pgbroker.record_types AS t (type, projected_fields, indexed_fields, 
 -- Ending records
 -- ---------------------------------------------------------------------------------------------
 
--- The functions below delete for the periodic work. Their names tell the audit why a record went. What is to go is found
--- before the order lock is taken, which most of the time is not needed at all, and looked at once more under it. As in
--- write_records only look-ups by key stay right when tables grow.
-CREATE FUNCTION pgbroker.expire_records(max_rows bigint) RETURNS bigint
-  LANGUAGE plpgsql
+-- The functions below delete for the periodic work: what is due, and nothing else, whoever calls them, because the audit
+-- says of what they delete that it was due. What is to go is found before the order lock is taken, which most of the time is
+-- not needed at all, and looked at once more under it. As in write_records only look-ups by key stay right when tables grow.
+
+CREATE FUNCTION pgbroker.end_records(cause text, types text[], ids text[], versions bigint[]) RETURNS bigint
+  LANGUAGE plpgsql SECURITY DEFINER
   SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
+  SET search_path = pg_catalog, pg_temp
+  AS $$
+DECLARE
+  present timestamptz := clock_timestamp();
+  audited bigint;
+  ended   bigint;
+BEGIN
+  -- In the order of Clear, which holds the table when it asks for the order lock.
+  LOCK TABLE pgbroker.records IN ROW EXCLUSIVE MODE;
+  PERFORM pgbroker.lock_order();
+  audited := coalesce(pg_sequence_last_value('pgbroker.audit_number_seq'), 0);
+  DELETE FROM pgbroker.records r
+    USING unnest(types, ids, versions) AS i (type, id, version)
+    WHERE r.type = ANY (ARRAY[i.type]) AND r.id = i.id AND r.version = i.version
+      -- Which field holds it may have changed without a write.
+      AND (cause <> 'expiry' OR r.expires_at <= present);
+  GET DIAGNOSTICS ended = ROW_COUNT;
+  IF pg_sequence_last_value('pgbroker.audit_number_seq') > audited THEN
+    UPDATE pgbroker.audit AS a SET cause = end_records.cause WHERE a.number > audited AND a.cause = 'sql';
+  END IF;
+  RETURN ended;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.end_records(text, text[], text[], bigint[]) IS
+  'Deletes records, given as parallel arrays, unless they were written since, returns how many, and gives the audit the '
+  'cause. The only way to do so; for the owner alone.';
+REVOKE EXECUTE ON FUNCTION pgbroker.end_records(text, text[], text[], bigint[]) FROM PUBLIC;
+
+CREATE FUNCTION pgbroker.expire_records(max_rows bigint) RETURNS bigint
+  LANGUAGE plpgsql SECURITY DEFINER
+  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
+  SET search_path = pg_catalog, pg_temp
   AS $$
 DECLARE
   -- One time for all: for one that may change from row to row the index would be read to its end.
-  present timestamptz := clock_timestamp();
-  types   text[];
-  ids     text[];
-  ended   bigint;
+  present  timestamptz := clock_timestamp();
+  types    text[];
+  ids      text[];
+  versions bigint[];
 BEGIN
-  SELECT array_agg(e.type), array_agg(e.id) INTO types, ids
-    FROM (SELECT r.type, r.id FROM pgbroker.records r
+  SELECT array_agg(e.type), array_agg(e.id), array_agg(e.version) INTO types, ids, versions
+    FROM (SELECT r.type, r.id, r.version FROM pgbroker.records r
           WHERE r.expires_at <= present
           ORDER BY r.expires_at LIMIT max_rows) AS e;
   IF types IS NULL THEN
     RETURN 0;
   END IF;
-  DELETE FROM pgbroker.records r
-    USING unnest(types, ids) AS i (type, id)
-    WHERE r.type = ANY (ARRAY[i.type]) AND r.id = i.id AND r.expires_at <= present;
-  GET DIAGNOSTICS ended = ROW_COUNT;
-  RETURN ended;
+  RETURN pgbroker.end_records('expiry', types, ids, versions);
 END
 $$;
 COMMENT ON FUNCTION pgbroker.expire_records(bigint) IS
   'Deletes records whose own expiry time has passed, the longest expired first, and returns how many.';
+REVOKE EXECUTE ON FUNCTION pgbroker.expire_records(bigint) FROM PUBLIC;
 
 CREATE FUNCTION pgbroker.expire_by_ttl(record_type text, max_rows bigint) RETURNS bigint
-  LANGUAGE plpgsql
+  LANGUAGE plpgsql SECURITY DEFINER
   SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
+  SET search_path = pg_catalog, pg_temp
   AS $$
 DECLARE
   types    text[];
   ids      text[];
   versions bigint[];
-  ended    bigint;
 BEGIN
   -- Versions ascend with time, so only the least recently written records are looked at.
   SELECT array_agg(o.type), array_agg(o.id), array_agg(o.version) INTO types, ids, versions
@@ -192,52 +222,98 @@ BEGIN
   IF types IS NULL THEN
     RETURN 0;
   END IF;
-  DELETE FROM pgbroker.records r
-    USING unnest(types, ids, versions) AS i (type, id, version)
-    WHERE r.type = ANY (ARRAY[i.type]) AND r.id = i.id AND r.version = i.version;
-  GET DIAGNOSTICS ended = ROW_COUNT;
-  RETURN ended;
+  RETURN pgbroker.end_records('ttl', types, ids, versions);
 END
 $$;
 COMMENT ON FUNCTION pgbroker.expire_by_ttl(text, bigint) IS
   'Deletes records of a type that have not been written for longer than its TTL, and returns how many.';
+REVOKE EXECUTE ON FUNCTION pgbroker.expire_by_ttl(text, bigint) FROM PUBLIC;
 
 CREATE FUNCTION pgbroker.end_idle_records(record_type text, ids text[], versions bigint[]) RETURNS bigint
-  LANGUAGE plpgsql
+  LANGUAGE plpgsql SECURITY DEFINER
   SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
+  SET search_path = pg_catalog, pg_temp
   AS $$
 DECLARE
-  ended bigint;
+  types    text[];
+  idle     text[];
+  of_these bigint[];
 BEGIN
-  DELETE FROM pgbroker.records r
-    USING unnest(array_fill(record_type, ARRAY[cardinality(ids)]), ids, versions) AS i (type, id, version)
-    WHERE r.type = ANY (ARRAY[i.type]) AND r.id = i.id AND r.version = i.version;
-  GET DIAGNOSTICS ended = ROW_COUNT;
-  RETURN ended;
+  SELECT array_agg(r.type), array_agg(r.id), array_agg(r.version) INTO types, idle, of_these
+    FROM pgbroker.record_types t
+    CROSS JOIN unnest(ids, versions) AS i (id, version)
+    JOIN pgbroker.records r ON r.type = ANY (ARRAY[t.type]) AND r.id = i.id AND r.version = i.version
+    WHERE t.type = record_type
+      AND coalesce(pgbroker.parse_time(r.data ->> 'accessed_at'), pgbroker.parse_time(r.data ->> 'issued_at'), r.modified_at)
+          < clock_timestamp() - t.idle_timeout;
+  IF types IS NULL THEN
+    RETURN 0;
+  END IF;
+  RETURN pgbroker.end_records('idle', types, idle, of_these);
 END
 $$;
 COMMENT ON FUNCTION pgbroker.end_idle_records(text, text[], bigint[]) IS
-  'Deletes records that were found idle, unless they were written since, and returns how many.';
+  'Deletes those of the given records that are idle, unless they were written since, and returns how many.';
+REVOKE EXECUTE ON FUNCTION pgbroker.end_idle_records(text, text[], bigint[]) FROM PUBLIC;
+
+CREATE FUNCTION pgbroker.excess_records(record_type text, users jsonb[]) RETURNS TABLE (id text, version bigint)
+  LANGUAGE plpgsql STABLE
+  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
+  SET search_path = pg_catalog, pg_temp
+  AS $$
+BEGIN
+  RETURN QUERY
+    SELECT k.id, k.version
+    FROM (
+      SELECT r.id, r.version, t.user_limit,
+             row_number() OVER (
+               PARTITION BY u.user_id ORDER BY pgbroker.parse_time(r.data ->> 'issued_at') DESC NULLS LAST, r.version DESC) AS place
+      FROM pgbroker.record_types t
+      CROSS JOIN unnest(users) AS u (user_id)
+      -- The fence keeps the planner from joining the whole table.
+      CROSS JOIN LATERAL (
+        SELECT records.id, records.version, records.data FROM pgbroker.records
+        WHERE records.type || '' = record_type AND records.index_fields @> jsonb_build_object('user_id', u.user_id) OFFSET 0
+      ) r
+      WHERE t.type = record_type
+    ) AS k
+    WHERE k.place > k.user_limit;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.excess_records(text, jsonb[]) IS
+  'The records of a type above the limit of their user, of the given users: all but those issued last.';
 
 CREATE FUNCTION pgbroker.end_excess_records(record_type text, ids text[], versions bigint[]) RETURNS bigint
-  LANGUAGE plpgsql
-  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
+  LANGUAGE plpgsql SECURITY DEFINER
+  SET enable_seqscan = off SET enable_mergejoin = off SET jit = off
+  SET search_path = pg_catalog, pg_temp
   AS $$
 DECLARE
-  ended bigint;
+  users    jsonb[];
+  types    text[];
+  excess   text[];
+  of_these bigint[];
 BEGIN
-  DELETE FROM pgbroker.records r
-    USING unnest(array_fill(record_type, ARRAY[cardinality(ids)]), ids, versions) AS i (type, id, version)
-    WHERE r.type = ANY (ARRAY[i.type]) AND r.id = i.id AND r.version = i.version;
-  GET DIAGNOSTICS ended = ROW_COUNT;
-  RETURN ended;
+  users := ARRAY(
+    SELECT DISTINCT r.index_fields -> 'user_id'
+    FROM unnest(ids) AS i (id)
+    JOIN pgbroker.records r ON r.type = ANY (ARRAY[record_type]) AND r.id = i.id
+    WHERE r.index_fields ? 'user_id');
+  SELECT array_agg(record_type), array_agg(e.id), array_agg(e.version) INTO types, excess, of_these
+    FROM pgbroker.excess_records(record_type, users) AS e
+    WHERE (e.id, e.version) IN (SELECT i.id, i.version FROM unnest(ids, versions) AS i (id, version));
+  IF types IS NULL THEN
+    RETURN 0;
+  END IF;
+  RETURN pgbroker.end_records('limit', types, excess, of_these);
 END
 $$;
 COMMENT ON FUNCTION pgbroker.end_excess_records(text, text[], bigint[]) IS
-  'Deletes records above the limit of their user, unless they were written since, and returns how many.';
+  'Deletes those of the given records that are above the limit of their user, unless they were written since, and returns how many.';
+REVOKE EXECUTE ON FUNCTION pgbroker.end_excess_records(text, text[], bigint[]) FROM PUBLIC;
 
 CREATE FUNCTION pgbroker.purge_tombstones(max_rows bigint, retention interval) RETURNS bigint
-  LANGUAGE plpgsql
+  LANGUAGE plpgsql SECURITY DEFINER
   SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
   SET search_path = pg_catalog, pg_temp
   AS $$
@@ -273,3 +349,4 @@ $$;
 COMMENT ON FUNCTION pgbroker.purge_tombstones(bigint, interval) IS
   'Removes tombstones past their retention, the oldest first, but never the newest change, which holds the latest version; and notes by '
   'type how far, so that a stream that might have missed one starts over. Returns how many.';
+REVOKE EXECUTE ON FUNCTION pgbroker.purge_tombstones(bigint, interval) FROM PUBLIC;

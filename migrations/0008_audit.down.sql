@@ -1,6 +1,11 @@
+DROP FUNCTION pgbroker.purge_audit;
+DROP FUNCTION pgbroker.clear_records;
 DROP TRIGGER records_audit_clear ON pgbroker.records;
+DROP TRIGGER records_audit_update ON pgbroker.records;
 DROP TRIGGER records_audit_delete ON pgbroker.records;
 DROP FUNCTION pgbroker.audit_clear;
+DROP FUNCTION pgbroker.name_requests;
+DROP FUNCTION pgbroker.audit_update;
 DROP FUNCTION pgbroker.audit_deletes;
 DROP FUNCTION pgbroker.set_audited;
 DROP TABLE pgbroker.audit;

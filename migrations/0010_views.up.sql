@@ -594,24 +594,35 @@ COMMENT ON COLUMN pgbroker.change_log.type IS 'Type of the changed record in ful
 CREATE VIEW pgbroker.revocations AS
   SELECT
     a.at,
+    a.change,
     a.cause,
     CASE WHEN starts_with(a.type, 'type.googleapis.com/') THEN substr(a.type, 21) ELSE a.type END AS what,
     a.id,
     a.user_id,
-    coalesce(a.acting_role, a.role) AS by_role,
+    a.became,
+    a.role AS by_role,
+    a.acting_role,
+    a.key,
+    a.on_behalf_of,
     a.application,
     a.address,
     a.records,
     a.number
   FROM pgbroker.audit a;
-COMMENT ON VIEW pgbroker.revocations IS 'Who revoked what, when, how and from where: the audit for people.';
+COMMENT ON VIEW pgbroker.revocations IS 'Who revoked what, or gave it to another user, when, how and from where: the audit for people.';
 COMMENT ON COLUMN pgbroker.revocations.at IS 'When.';
+COMMENT ON COLUMN pgbroker.revocations.change IS
+  'ended: the record is gone; moved: it belongs to another user; shortened: it expires sooner, or has; emptied: it has lost its payload.';
 COMMENT ON COLUMN pgbroker.revocations.cause IS
   'request: of a gRPC client; sql: a statement; expiry, idle, ttl, limit, capacity: an option of the type; clear: everything was deleted; repair: pgbroker check found that it was gone.';
 COMMENT ON COLUMN pgbroker.revocations.what IS 'Type of the record, short.';
 COMMENT ON COLUMN pgbroker.revocations.id IS 'Id of the record; NULL after clear.';
 COMMENT ON COLUMN pgbroker.revocations.user_id IS 'User whom it belonged to.';
-COMMENT ON COLUMN pgbroker.revocations.by_role IS 'Role that did it.';
+COMMENT ON COLUMN pgbroker.revocations.became IS 'The user whom a record that was moved belongs to now, or the time at which one that was shortened expires.';
+COMMENT ON COLUMN pgbroker.revocations.by_role IS 'Role that did it: the one that has logged in.';
+COMMENT ON COLUMN pgbroker.revocations.acting_role IS 'Role that it had taken on with SET ROLE; NULL if none.';
+COMMENT ON COLUMN pgbroker.revocations.key IS 'Of a request: name of the key that signed it.';
+COMMENT ON COLUMN pgbroker.revocations.on_behalf_of IS 'Of a request: the person behind it, as its sender says; nobody has checked that.';
 COMMENT ON COLUMN pgbroker.revocations.application IS 'Program that did it; for a request the replica.';
 COMMENT ON COLUMN pgbroker.revocations.address IS 'Where it was connected from; NULL for a local socket.';
 COMMENT ON COLUMN pgbroker.revocations.records IS 'How many records: 1, and after clear all of the type.';
@@ -650,8 +661,10 @@ COMMENT ON COLUMN pgbroker.live_services.remaining IS 'How long that is from now
 -- Revoking
 -- ---------------------------------------------------------------------------------------------
 
+-- As the owner: who may execute these may end sessions, and needs no right to the table.
+
 CREATE FUNCTION pgbroker.revoke_session(session_id text) RETURNS boolean
-  LANGUAGE plpgsql AS $$
+  LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
   DELETE FROM pgbroker.records r WHERE r.type = 'type.googleapis.com/session.Session' AND r.id = session_id;
   RETURN FOUND;
@@ -660,7 +673,7 @@ $$;
 COMMENT ON FUNCTION pgbroker.revoke_session(text) IS 'Revokes a session; false if there is none with that id.';
 
 CREATE FUNCTION pgbroker.revoke_user_sessions(user_id text) RETURNS bigint
-  LANGUAGE plpgsql AS $$
+  LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
   revoked bigint;
 BEGIN
@@ -674,7 +687,7 @@ $$;
 COMMENT ON FUNCTION pgbroker.revoke_user_sessions(text) IS 'Revokes every session of a user and returns how many.';
 
 CREATE FUNCTION pgbroker.revoke_idp_sessions(idp_id text) RETURNS bigint
-  LANGUAGE plpgsql AS $$
+  LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
   revoked bigint;
 BEGIN
@@ -687,3 +700,4 @@ END
 $$;
 COMMENT ON FUNCTION pgbroker.revoke_idp_sessions(text) IS
   'Revokes every session that an identity provider has authenticated and returns how many.';
+REVOKE EXECUTE ON FUNCTION pgbroker.revoke_session(text), pgbroker.revoke_user_sessions(text), pgbroker.revoke_idp_sessions(text) FROM PUBLIC;

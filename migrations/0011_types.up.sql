@@ -126,7 +126,7 @@ COMMENT ON COLUMN pgbroker.reprojections.schema_version IS 'schema_state.version
 COMMENT ON COLUMN pgbroker.reprojections.next_id IS 'Records with lower ids are done.';
 
 CREATE FUNCTION pgbroker.announce_schema() RETURNS trigger
-  LANGUAGE plpgsql AS $$
+  LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
   present bigint;
 BEGIN
@@ -150,7 +150,7 @@ COMMENT ON FUNCTION pgbroker.announce_schema() IS
   'Trigger: makes every replica reload types and rules, and has the existing records projected again.';
 
 CREATE FUNCTION pgbroker.check_redaction() RETURNS trigger
-  LANGUAGE plpgsql AS $$
+  LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
   dependent text;
 BEGIN
@@ -207,7 +207,7 @@ CREATE FUNCTION pgbroker.view_column(expression text, kind text, form text, fill
 COMMENT ON FUNCTION pgbroker.view_column(text, text, text, boolean) IS 'A field of a projection as a column with a type.';
 
 CREATE FUNCTION pgbroker.view_definition(record_type text, message text DEFAULT NULL, view_name text DEFAULT NULL) RETURNS text
-  LANGUAGE plpgsql STABLE AS $$
+  LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
   of_type text := message;
   columns text;

@@ -861,7 +861,7 @@ COMMENT ON FUNCTION pgbroker.encode_fields(text, bytea, jsonb, jsonb, text) IS
 CREATE FUNCTION pgbroker.encode_payload(
   record_type text, old_payload bytea, before jsonb, value jsonb, record_id text DEFAULT NULL, searched boolean DEFAULT true,
   OUT payload bytea, OUT data jsonb, OUT search_text text, OUT index_cidr inet)
-  LANGUAGE plpgsql STABLE AS $$
+  LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
   url       text;
   old_url   text := '';
@@ -964,16 +964,13 @@ $$;
 COMMENT ON FUNCTION pgbroker.encode_record() IS 'Trigger: data written in SQL become a payload.';
 REVOKE EXECUTE ON FUNCTION pgbroker.encode_record() FROM PUBLIC;
 
--- pgbroker.writer says who sets data as the projection of a payload, rather than editing the payload by it: a
--- 'replica' that writes a record, or the 'projector' that projects existing ones again. Nobody else sets it.
---
--- Whatever replicas do first is compare a payload with one that differs from it: that is all that these conditions
--- cost them.
+-- Who sets data as the projection of a payload, rather than editing the payload by it, says so with records.projected, which
+-- nobody but replicas and the owner may write. That is also the first thing that the condition looks at.
 
 CREATE TRIGGER records_encode_insert BEFORE INSERT ON pgbroker.records
   FOR EACH ROW WHEN (NEW.payload IS NULL AND NEW.data IS NOT NULL)
   EXECUTE FUNCTION pgbroker.encode_record();
 CREATE TRIGGER records_encode_update BEFORE UPDATE OF data ON pgbroker.records
-  FOR EACH ROW WHEN ((NEW.payload IS NULL OR NEW.payload = OLD.payload) AND NEW.data IS DISTINCT FROM OLD.data
-                     AND coalesce(current_setting('pgbroker.writer', true), '') = '')
+  FOR EACH ROW WHEN (coalesce(NEW.projected, 0) = 0
+                     AND (NEW.payload IS NULL OR NEW.payload = OLD.payload) AND NEW.data IS DISTINCT FROM OLD.data)
   EXECUTE FUNCTION pgbroker.encode_record();

@@ -14,7 +14,7 @@ $do$;
 COMMENT ON FUNCTION pgbroker.fold_case(text) IS 'Text in lower case.';
 
 CREATE FUNCTION pgbroker.searched_texts(of_type text, value jsonb) RETURNS SETOF text
-  LANGUAGE plpgsql STABLE STRICT AS $$
+  LANGUAGE plpgsql STABLE STRICT SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
   looks text := (SELECT m.form FROM pgbroker.messages m WHERE m.message = of_type);
 BEGIN
@@ -60,7 +60,7 @@ CREATE FUNCTION pgbroker.search_text(of_type text, value jsonb) RETURNS text
 COMMENT ON FUNCTION pgbroker.search_text(text, jsonb) IS 'search_texts.search_text of a projection.';
 
 CREATE FUNCTION pgbroker.index_cidr(value jsonb) RETURNS inet
-  LANGUAGE plpgsql STABLE STRICT AS $$
+  LANGUAGE plpgsql STABLE STRICT SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
   given  text := value #>> '{$index,cidr}';
   prefix inet;
@@ -83,7 +83,7 @@ $$;
 COMMENT ON FUNCTION pgbroker.index_cidr(jsonb) IS 'records.index_cidr of the projection of a google.protobuf.Struct.';
 
 CREATE FUNCTION pgbroker.search_text_of(payload bytea, data jsonb) RETURNS text
-  LANGUAGE plpgsql STABLE AS $$
+  LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
   url bytea;
 BEGIN
@@ -101,31 +101,19 @@ COMMENT ON FUNCTION pgbroker.search_text_of(bytea, jsonb) IS 'search_texts.searc
 
 CREATE FUNCTION pgbroker.search_written() RETURNS trigger
   LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-  types text[];
-  ids   text[];
-  texts text[];
 BEGIN
-  IF TG_OP = 'INSERT' THEN
-    SELECT array_agg(n.type), array_agg(n.id), array_agg(pgbroker.search_text_of(n.payload, n.data)) INTO types, ids, texts
-      FROM new_rows n;
-  ELSE
-    SELECT array_agg(n.type), array_agg(n.id), array_agg(pgbroker.search_text_of(n.payload, n.data)) INTO types, ids, texts
-      FROM new_rows n JOIN old_rows o USING (type, id)
-      WHERE n.data IS DISTINCT FROM o.data OR n.payload IS DISTINCT FROM o.payload;
-  END IF;
-  PERFORM pgbroker.put_search_texts(types, ids, texts);
+  PERFORM pgbroker.put_search_texts(
+    ARRAY[NEW.type], ARRAY[NEW.id], ARRAY[pgbroker.search_text_of(NEW.payload, NEW.data)]);
   RETURN NULL;
 END
 $$;
 COMMENT ON FUNCTION pgbroker.search_written() IS 'Trigger: what is written in SQL can be found by text.';
 REVOKE EXECUTE ON FUNCTION pgbroker.search_written() FROM PUBLIC;
 
+-- What replicas write comes with its texts.
 CREATE TRIGGER records_search_insert AFTER INSERT ON pgbroker.records
-  REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT
-  WHEN (coalesce(current_setting('pgbroker.writer', true), '') = '')
+  FOR EACH ROW WHEN (NEW.projected IS NULL)
   EXECUTE FUNCTION pgbroker.search_written();
 CREATE TRIGGER records_search_update AFTER UPDATE ON pgbroker.records
-  REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT
-  WHEN (coalesce(current_setting('pgbroker.writer', true), '') = '')
+  FOR EACH ROW WHEN (NEW.projected IS NULL AND (NEW.data IS DISTINCT FROM OLD.data OR NEW.payload IS DISTINCT FROM OLD.payload))
   EXECUTE FUNCTION pgbroker.search_written();

@@ -1,6 +1,4 @@
 DROP FUNCTION pgbroker.project_records;
-DROP TRIGGER records_unstamp ON pgbroker.records;
-DROP FUNCTION pgbroker.keep_version;
 DROP FUNCTION pgbroker.replace_records;
 DROP FUNCTION pgbroker.compare_records;
 DROP FUNCTION pgbroker.begin_replacement;

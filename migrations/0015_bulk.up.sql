@@ -14,7 +14,7 @@ $$;
 COMMENT ON FUNCTION pgbroker.forget_comparison() IS 'Trigger: what is staged has changed, so it is compared anew.';
 
 CREATE FUNCTION pgbroker.stage_records() RETURNS void
-  LANGUAGE plpgsql AS $$
+  LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
   IF to_regclass('pg_temp.staged_records') IS NULL THEN
     CREATE TEMP TABLE staged_records (
@@ -47,7 +47,7 @@ COMMENT ON FUNCTION pgbroker.stage_records() IS
   'Makes the temporary table staged_records (id, data), or empties it: fill it, with COPY or INSERT, for replace_records.';
 
 CREATE FUNCTION pgbroker.stage_records(records jsonb) RETURNS bigint
-  LANGUAGE plpgsql AS $$
+  LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
   staged bigint;
 BEGIN
@@ -60,7 +60,7 @@ $$;
 COMMENT ON FUNCTION pgbroker.stage_records(jsonb) IS 'Fills staged_records from an object {id: data}, and returns how many that are.';
 
 CREATE FUNCTION pgbroker.compare_staged(record_type text, among text[]) RETURNS void
-  LANGUAGE plpgsql AS $$
+  LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
   DELETE FROM pg_temp.staged_differences d WHERE among IS NULL OR d.id = ANY (among);
   INSERT INTO pg_temp.staged_differences (id, version, payload, data, search_text, index_cidr)
@@ -99,7 +99,6 @@ CREATE FUNCTION pgbroker.write_differences(
   SET search_path = pg_catalog, pg_temp
   AS $$
 BEGIN
-  PERFORM set_config('pgbroker.writer', 'replica', true);
   deleted := 0;
   updated := 0;
   -- Only what there is to do: an initial load would plan the others while there is no record yet, and then read all records
@@ -112,14 +111,14 @@ BEGIN
   IF EXISTS (SELECT FROM pg_temp.staged_differences AS d
              WHERE d.position > after AND d.position <= upto AND d.data IS NOT NULL AND d.version IS NOT NULL) THEN
     UPDATE pgbroker.records AS r
-      SET payload = d.payload, data = d.data, index_cidr = d.index_cidr
+      SET payload = d.payload, data = d.data, index_cidr = d.index_cidr, projected = 1
       FROM pg_temp.staged_differences AS d
       WHERE d.position > after AND d.position <= upto AND d.data IS NOT NULL AND d.version IS NOT NULL
         AND r.type = record_type AND r.id = d.id;
     GET DIAGNOSTICS updated = ROW_COUNT;
   END IF;
-  INSERT INTO pgbroker.records (type, id, payload, data, index_cidr)
-    SELECT record_type, d.id, d.payload, d.data, d.index_cidr
+  INSERT INTO pgbroker.records (type, id, payload, data, index_cidr, projected)
+    SELECT record_type, d.id, d.payload, d.data, d.index_cidr, 1
     FROM pg_temp.staged_differences AS d
     WHERE d.position > after AND d.position <= upto AND d.data IS NOT NULL AND d.version IS NULL
     ORDER BY d.position;
@@ -127,13 +126,12 @@ BEGIN
   PERFORM pgbroker.put_search_texts(array_agg(record_type), array_agg(d.id), array_agg(coalesce(d.search_text, '')))
     FROM pg_temp.staged_differences AS d
     WHERE d.position > after AND d.position <= upto AND d.data IS NOT NULL;
-  PERFORM set_config('pgbroker.writer', '', true);
 END
 $$;
 COMMENT ON FUNCTION pgbroker.write_differences(text, bigint, bigint) IS 'Writes some of the differences that compare_staged has noted.';
 
 CREATE FUNCTION pgbroker.begin_replacement(record_type text) RETURNS void
-  LANGUAGE plpgsql AS $$
+  LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
   progress record;
   present  record;
@@ -163,7 +161,7 @@ COMMENT ON FUNCTION pgbroker.begin_replacement(text) IS
 
 CREATE FUNCTION pgbroker.compare_records(
   record_type text, OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT unchanged bigint)
-  LANGUAGE plpgsql AS $$
+  LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
   PERFORM pgbroker.begin_replacement(record_type);
   SELECT count(*) FILTER (WHERE d.data IS NOT NULL AND d.version IS NULL),
@@ -181,7 +179,7 @@ COMMENT ON FUNCTION pgbroker.compare_records(text) IS
 CREATE FUNCTION pgbroker.replace_records(
   record_type text, max_changes bigint DEFAULT NULL, allow_empty boolean DEFAULT false,
   OUT inserted bigint, OUT updated bigint, OUT deleted bigint, OUT remaining bigint)
-  LANGUAGE plpgsql AS $$
+  LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
   progress record;
   changed  text[];
@@ -238,22 +236,6 @@ COMMENT ON FUNCTION pgbroker.replace_records(text, bigint, boolean) IS
 -- Projecting again
 -- ---------------------------------------------------------------------------------------------
 
-CREATE FUNCTION pgbroker.keep_version() RETURNS trigger
-  LANGUAGE plpgsql AS $$
-BEGIN
-  NEW.version := OLD.version;
-  NEW.modified_at := OLD.modified_at;
-  RETURN NEW;
-END
-$$;
-COMMENT ON FUNCTION pgbroker.keep_version() IS
-  'Trigger: a record that is projected again has not changed. It undoes what stamp_record has set of version and time, and '
-  'fires after it because triggers fire in the order of their names.';
-
-CREATE TRIGGER records_unstamp BEFORE UPDATE OF data ON pgbroker.records
-  FOR EACH ROW WHEN (NEW.payload = OLD.payload AND current_setting('pgbroker.writer', true) = 'projector')
-  EXECUTE FUNCTION pgbroker.keep_version();
-
 CREATE FUNCTION pgbroker.project_records(
   types text[], ids text[], versions bigint[], projections text[], search_texts text[], index_cidrs text[]) RETURNS bigint
   LANGUAGE plpgsql
@@ -263,17 +245,15 @@ CREATE FUNCTION pgbroker.project_records(
 DECLARE
   positions bigint[];
 BEGIN
-  PERFORM set_config('pgbroker.writer', 'projector', true);
   WITH projected AS (
     UPDATE pgbroker.records AS r
-      SET data = nullif(i.data, '')::jsonb, index_cidr = nullif(i.index_cidr, '')::inet
+      SET data = nullif(i.data, '')::jsonb, index_cidr = nullif(i.index_cidr, '')::inet, projected = 2
       FROM unnest(types, ids, versions, projections, index_cidrs) WITH ORDINALITY AS i (type, id, version, data, index_cidr, position)
       WHERE r.type = ANY (ARRAY[i.type]) AND r.id = i.id AND r.version = i.version -- by key, as in write_records
       RETURNING i.position
   )
   SELECT coalesce(array_agg(position), '{}') INTO positions FROM projected;
   PERFORM pgbroker.put_search_texts(array_agg(types[p]), array_agg(ids[p]), array_agg(search_texts[p])) FROM unnest(positions) AS p;
-  PERFORM set_config('pgbroker.writer', '', true);
   RETURN cardinality(positions);
 END
 $$;

@@ -86,7 +86,7 @@ func TestUpBeneathReplicas(t *testing.T) {
 		t.Helper()
 		return ask(`SELECT c.version::text FROM pgbroker.state s LEFT JOIN pgbroker.write_records(
 				ARRAY['t'], ARRAY[$1::text], ARRAY[$2::boolean], ARRAY[convert_to($3, 'UTF8')], ARRAY[to_jsonb($3::text)::text],
-				ARRAY[$3::text], ARRAY[''], ARRAY[1], ARRAY[0]) c ON s.server_version <> 0`, id, remove, payload)
+				ARRAY[$3::text], ARRAY[''], ARRAY[1], ARRAY[0], '{}', '{}') c ON s.server_version <> 0`, id, remove, payload)
 	}
 	// query is Query by text, and feed is what streams are sent after a version.
 	query := func() string {

@@ -1,9 +1,7 @@
--- name: AuditPurge :execrows
+-- name: AuditPurge :one
 -- Removes entries past their retention, the oldest first.
-DELETE FROM pgbroker.audit
-WHERE number IN (SELECT a.number FROM pgbroker.audit a ORDER BY a.number LIMIT @max_rows)
-  AND at < clock_timestamp() - @retention::interval;
+SELECT pgbroker.purge_audit(@max_rows::bigint, @retention::interval)::bigint AS purged;
 
 -- name: Grants :many
--- The statements that give a reader, a writer and the role of the replicas their privileges; '' leaves one out.
-SELECT pgbroker.grants(@reader::text, @writer::text, @server::text)::text;
+-- The statements that give a reader, a revoker, a writer and the role of the replicas their privileges; '' leaves one out.
+SELECT pgbroker.grants(@reader::text, @writer::text, @server::text, @revoker::text)::text;

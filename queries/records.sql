@@ -18,7 +18,8 @@ SELECT s.server_version, coalesce(c.version, 0)::bigint AS version, coalesce(c.t
 FROM pgbroker.state s
 LEFT JOIN pgbroker.write_records(
   @types::text[], @ids::text[], @deletes::boolean[], @payloads::bytea[], @projections::text[],
-  @search_texts::text[], @index_cidrs::text[], @requests::integer[], @expected::bigint[]) c ON true;
+  @search_texts::text[], @index_cidrs::text[], @requests::integer[], @expected::bigint[],
+  @keys::text[], @persons::text[]) c ON true;
 
 -- name: RecordsPage :many
 -- Records from a key on, in key order: up to max_rows of them and, after the first, up to max_bytes of
@@ -56,8 +57,8 @@ ORDER BY p.id;
 LOCK TABLE pgbroker.records IN ACCESS EXCLUSIVE MODE;
 
 -- name: RecordsClear :exec
--- Removes every record; a trigger makes that a new data set.
-TRUNCATE pgbroker.records;
+-- Removes every record, which makes a new data set; the audit names the key and the person, '' for none.
+SELECT pgbroker.clear_records(@key::text, @person::text);
 
 -- name: RecordLongestPrefix :one
 -- The longest stored prefix that contains the given address or prefix.
@@ -110,25 +111,11 @@ owners AS MATERIALIZED (
   FROM page p
   JOIN pgbroker.records r ON r.type = ANY (ARRAY[p.type]) AND r.id = p.id
   WHERE r.index_fields ? 'user_id'
-),
-ranked AS (
-  SELECT r.id, r.version, t.user_limit,
-         row_number() OVER (
-           PARTITION BY o.user_id ORDER BY pgbroker.parse_time(r.data ->> 'issued_at') DESC NULLS LAST, r.version DESC) AS place
-  FROM pgbroker.record_types t
-  CROSS JOIN owners o
-  -- The fence keeps the planner from joining the whole table.
-  CROSS JOIN LATERAL (
-    SELECT records.id, records.version, records.data FROM pgbroker.records
-    WHERE records.type || '' = @type AND records.index_fields @> jsonb_build_object('user_id', o.user_id) OFFSET 0
-  ) r
-  WHERE t.type = @type
 )
 SELECT (SELECT coalesce(max(p.version), @after_version) AS version FROM page p)::bigint AS last_version,
        (SELECT count(*) AS n FROM page p)::bigint AS seen,
-       coalesce(array_agg(k.id) FILTER (WHERE k.place > k.user_limit), '{}')::text[] AS ids,
-       coalesce(array_agg(k.version) FILTER (WHERE k.place > k.user_limit), '{}')::bigint[] AS versions
-FROM ranked k;
+       coalesce(array_agg(e.id), '{}')::text[] AS ids, coalesce(array_agg(e.version), '{}')::bigint[] AS versions
+FROM pgbroker.excess_records(@type, ARRAY(SELECT o.user_id FROM owners o)) AS e;
 
 -- name: RecordsEndExcess :one
 SELECT pgbroker.end_excess_records(@type, @ids::text[], @versions::bigint[])::bigint AS ended;

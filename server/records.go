@@ -14,6 +14,7 @@ import (
 
 	"pgbroker/db"
 	"pgbroker/proto/databroker"
+	"pgbroker/server/auth"
 )
 
 // Limits of a record's key: together they fit an index entry, which Postgres bounds to a third of a page.
@@ -248,6 +249,7 @@ func (s *brokerServer) ServerInfo(ctx context.Context, _ *emptypb.Empty) (*datab
 // Clear removes every record, and with them all that clients know.
 func (s *brokerServer) Clear(ctx context.Context, _ *emptypb.Empty) (*databroker.ClearResponse, error) {
 	response := new(databroker.ClearResponse)
+	caller := auth.CallerFrom(ctx)
 	err := db.Retry(ctx, func(ctx context.Context) error {
 		return pgx.BeginFunc(ctx, s.db, func(tx pgx.Tx) error {
 			queries := db.New(tx)
@@ -259,7 +261,7 @@ func (s *brokerServer) Clear(ctx context.Context, _ *emptypb.Empty) (*databroker
 			if err != nil {
 				return err
 			}
-			if err := queries.RecordsClear(ctx); err != nil {
+			if err := queries.RecordsClear(ctx, db.RecordsClearParams{Key: caller.Key, Person: caller.Person}); err != nil {
 				return err
 			}
 			after, err := queries.StateGet(ctx)

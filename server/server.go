@@ -53,6 +53,10 @@ const (
 	DefaultProjectionGrace     = 30 * time.Second
 )
 
+// MinAuditRetention is the shortest retention of the audit that the database allows: whoever takes over a replica cannot hide at
+// once what it has done.
+const MinAuditRetention = 24 * time.Hour
+
 // Config of a Server.
 type Config struct {
 	// DB is the database, opened; its schema must be of the version that this program knows. Required.
@@ -76,7 +80,7 @@ type Config struct {
 	MaxMessageSize int
 	// TombstoneRetention is how long a client may be away and still resume its streams. 0 means 7 days.
 	TombstoneRetention time.Duration
-	// AuditRetention is how long the audit of deletions is kept. 0 means 90 days.
+	// AuditRetention is how long the audit is kept: MinAuditRetention or more. 0 means 90 days.
 	AuditRetention time.Duration
 	// RingBytes bounds the recent changes kept in memory; 0 means 64 MiB.
 	RingBytes int

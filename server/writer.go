@@ -12,6 +12,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"pgbroker/db"
+	"pgbroker/server/auth"
 	"pgbroker/server/combiner"
 	"pgbroker/server/projection"
 )
@@ -27,6 +28,8 @@ type writer struct {
 // writeRequest is what one Put or Patch wants written, all or nothing.
 type writeRequest struct {
 	rows []writeRow
+	// caller is whose request it is, for the audit.
+	caller auth.Caller
 }
 
 // writeRow is a record to write or to delete.
@@ -83,7 +86,7 @@ func newWriter(database *db.DB, timeout time.Duration) *writer {
 
 // write performs a request, together with those of others.
 func (w *writer) write(ctx context.Context, rows []writeRow) (writeResult, error) {
-	return w.combiner.Submit(ctx, &writeRequest{rows: rows})
+	return w.combiner.Submit(ctx, &writeRequest{rows: rows, caller: auth.CallerFrom(ctx)})
 }
 
 func (r *writeRequest) weight() int {
@@ -118,7 +121,8 @@ func blamesRequest(err error) bool {
 // rowPosition finds the position of a row in what Postgres says of where an error has happened, in any language.
 var rowPosition = regexp.MustCompile(`\(\d+,\d+\)`)
 
-// wave is the rows of a batch that one statement writes: it cannot write a key twice.
+// wave is the rows of a batch that one statement writes: it cannot write a key twice. It knows the callers of all requests
+// of the batch.
 type wave struct {
 	db.RecordsWriteParams
 	rows map[key]*written
@@ -172,6 +176,10 @@ func (w *writer) run(ctx context.Context, requests []*writeRequest) ([]combiner.
 // conditional request for a key that is written before it in the same batch is a conflict at once.
 func plan(requests []*writeRequest, results []combiner.Result[writeResult]) []*wave {
 	var waves []*wave
+	keys, persons := make([]string, len(requests)), make([]string, len(requests))
+	for i, request := range requests {
+		keys[i], persons[i] = request.caller.Key, request.caller.Person
+	}
 	repeats := make(map[key]int)
 	for i, request := range requests {
 		result := &results[i].Value
@@ -191,7 +199,7 @@ func plan(requests []*writeRequest, results []combiner.Result[writeResult]) []*w
 			n := repeats[row.key]
 			repeats[row.key] = n + 1
 			if n == len(waves) {
-				waves = append(waves, &wave{rows: make(map[key]*written)})
+				waves = append(waves, &wave{rows: make(map[key]*written), RecordsWriteParams: db.RecordsWriteParams{Keys: keys, Persons: persons}})
 			}
 			waves[n].add(i, row, &result.written[j])
 		}

@@ -216,17 +216,19 @@ schema, for whoever has looked at it.`,
 func (a *app) migrateGrantsCommand() *cobra.Command {
 	var wanted db.GrantsParams
 	cmd := a.addMigrateFlags(&cobra.Command{
-		Use: "grants [--reader ROLE] [--writer ROLE] [--server ROLE]", Short: "Print the privileges that roles need, as SQL", Args: cobra.NoArgs,
+		Use: "grants [--reader ROLE] [--revoker ROLE] [--writer ROLE] [--server ROLE]", Short: "Print the privileges that roles need, as SQL", Args: cobra.NoArgs,
 		Long: `Print the statements that give roles what they need, and take from them what they do not. They change nothing until they are
 run, may be run again, and should be after each upgrade. Roles that do not exist yet are created by them, without a password; whoever
 may not create roles is told what to have created.
 
-The reader sees the views, which show no tokens. The writer also revokes and writes records, without reading payloads. The
-server is what replicas connect as.`,
-		Example: `  pgbroker migrate grants --reader support --server pgbroker_app | psql "$DATABASE_URL"`,
+The reader sees the views, which show no tokens. The revoker also ends sessions, and writes nothing: it is for the help desk. The
+writer revokes and writes records, without reading payloads. The server is what replicas connect as.`,
+		Example: `  pgbroker migrate grants --revoker helpdesk --server pgbroker_app | psql "$DATABASE_URL"`,
 		RunE: a.onDatabase(func(ctx context.Context, database *pgx.ConnConfig) error {
 			roles := 0
-			for flag, role := range map[string]string{"reader": wanted.Reader, "writer": wanted.Writer, "server": wanted.Server} {
+			for flag, role := range map[string]string{
+				"reader": wanted.Reader, "revoker": wanted.Revoker, "writer": wanted.Writer, "server": wanted.Server,
+			} {
 				if err := checkText(flag, role); err != nil {
 					return err
 				}
@@ -235,7 +237,7 @@ server is what replicas connect as.`,
 				}
 			}
 			if roles == 0 {
-				return usagef("give --reader, --writer or --server")
+				return usagef("give --reader, --revoker, --writer or --server")
 			}
 			conn, err := pgx.ConnectConfig(ctx, database)
 			if err != nil {
@@ -255,7 +257,8 @@ server is what replicas connect as.`,
 		}),
 	})
 	cmd.Flags().StringVar(&wanted.Reader, "reader", "", "role of people who look")
-	cmd.Flags().StringVar(&wanted.Writer, "writer", "", "role of people who revoke and scripts that write")
+	cmd.Flags().StringVar(&wanted.Revoker, "revoker", "", "role of people who end sessions")
+	cmd.Flags().StringVar(&wanted.Writer, "writer", "", "role of scripts that write")
 	cmd.Flags().StringVar(&wanted.Server, "server", "", "role that replicas connect as")
 	return cmd
 }

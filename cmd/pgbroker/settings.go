@@ -1,8 +1,11 @@
 package main
 
 import (
+	"fmt"
 	"strings"
 	"time"
+
+	"pgbroker/server"
 )
 
 // Config is what every command is configured by, after flags, environment and files have been read. Each field belongs to
@@ -288,8 +291,13 @@ var settings = []setting{
 	{
 		name: "audit_retention", use: useServe,
 		field: func(c *Config) any { return &c.AuditRetention }, def: "2160h",
-		check: func(c *Config) error { return checkPositive(c.AuditRetention) },
-		help:  "How long it is remembered who revoked what (the view `pgbroker.revocations`).",
+		check: func(c *Config) error {
+			if c.AuditRetention < server.MinAuditRetention {
+				return fmt.Errorf("%v: must be %v or more", c.AuditRetention, server.MinAuditRetention)
+			}
+			return nil
+		},
+		help: "How long it is remembered who revoked what (the view `pgbroker.revocations`): a day or more.",
 	},
 	{
 		name: "feed_bytes", use: useServe,

@@ -18,7 +18,7 @@ import (
 func audited(t testing.TB, b *servertest.Broker) []string {
 	t.Helper()
 	return column[string](t, b.Database, `
-		SELECT concat_ws(' ', cause, what, id, user_id, application, records) FROM pgbroker.revocations ORDER BY number`)
+		SELECT concat_ws(' ', nullif(change, 'ended'), cause, what, id, user_id, became, application, records) FROM pgbroker.revocations ORDER BY number`)
 }
 
 // TestAuditTellsEveryWayOut: each deletion of what lets somebody in is in the audit once, with its cause.
@@ -56,10 +56,22 @@ func TestAuditTellsEveryWayOut(t *testing.T) {
 	put(t, b.Replica, record(t, "", "x", expired))
 	d.Exec(t, `SET application_name = 'm'; SELECT pgbroker.expire_records(10)`)
 	expect("expiry", "expiry session.Session x jane m 1")
-	d.Exec(t, `SELECT pgbroker.end_idle_records($1, '{d}', ARRAY(SELECT version FROM pgbroker.sessions WHERE id = 'd'))`, sessionType)
+	const endIdle = `SELECT pgbroker.end_idle_records($1, '{d,e}', ARRAY(SELECT version FROM pgbroker.sessions WHERE id IN ('d', 'e') ORDER BY id))`
+	const endExcess = `SELECT pgbroker.end_excess_records($1, '{e,f}', ARRAY(SELECT version FROM pgbroker.sessions WHERE id IN ('e', 'f') ORDER BY id))`
+	d.Exec(t, endIdle, sessionType)
+	d.Exec(t, endExcess, sessionType)
+	expect("without a timeout and a limit")
+	put(t, b.Replica, record(t, "", "d", aSession("d", "jane", "okta", now, now.Add(-2*time.Hour), later)),
+		record(t, "", "f", aSession("f", "jane", "okta", now.Add(time.Second), now, later)))
+	d.Exec(t, `SELECT pgbroker.set_idle_timeout('session.Session', '1 hour')`)
+	d.Exec(t, endIdle, sessionType)
 	expect("idle", "idle session.Session d jane m 1")
-	d.Exec(t, `SELECT pgbroker.end_excess_records($1, '{e}', ARRAY(SELECT version FROM pgbroker.sessions WHERE id = 'e'))`, sessionType)
+	d.Exec(t, `SELECT pgbroker.set_idle_timeout('session.Session', NULL), pgbroker.set_user_limit('session.Session', 1)`)
+	d.Exec(t, endExcess, sessionType)
 	expect("limit", "limit session.Session e jane m 1")
+	d.Exec(t, `SELECT pgbroker.set_user_limit('session.Session', NULL)`)
+	d.Exec(t, `SET application_name = 'f'; SELECT pgbroker.revoke_session('f'); SET application_name = 'm'`)
+	expect("another function", "sql session.Session f jane f 1")
 
 	capacity := uint64(1)
 	if _, err := b.SetOptions(t.Context(), &databroker.SetOptionsRequest{Type: sessionType, Options: &databroker.Options{Capacity: &capacity}}); err != nil {

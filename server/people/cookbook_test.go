@@ -26,6 +26,7 @@ import (
 	"pgbroker/proto/registry"
 	"pgbroker/proto/session"
 	"pgbroker/proto/user"
+	"pgbroker/server/auth"
 	"pgbroker/server/servertest"
 )
 
@@ -89,9 +90,10 @@ func (r recipe) is(word string) bool { return slices.Contains(r.words, word) }
 
 // The roles of the cookbook, as its output shows them.
 const (
-	cookReader = "pgbroker_reader"
-	cookWriter = "pgbroker_writer"
-	cookServer = "pgbroker_server"
+	cookReader  = "pgbroker_reader"
+	cookRevoker = "helpdesk"
+	cookWriter  = "pgbroker_writer"
+	cookServer  = "pgbroker_server"
 )
 
 // noon is what the document shows for the time at which its data were made.
@@ -169,7 +171,13 @@ func seedCookbook(t *testing.T, r *servertest.Replica, now time.Time) {
 	}}); err != nil {
 		t.Fatal(err)
 	}
-	put(t, r, deletion(sessionType, "session-eve-1"))
+	onBehalf, err := auth.OnBehalfOf(ctx, "helen")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Put(onBehalf, &databroker.PutRequest{Records: []*databroker.Record{deletion(sessionType, "session-eve-1")}}); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // TestCookbook runs every statement of docs/sql.md, each in the role that it says is enough, and compares what
@@ -177,7 +185,7 @@ func seedCookbook(t *testing.T, r *servertest.Replica, now time.Time) {
 func TestCookbook(t *testing.T) {
 	psql := findPsql(t)
 	d := dbtest.New(t)
-	roles(t, d, cookReader, cookWriter, cookServer)
+	roles(t, d, cookReader, cookWriter, cookServer, cookRevoker)
 	r := servertest.Start(t, as(d, cookServer), servertest.Options{Configure: quiet})
 	now := time.Now().UTC().Truncate(time.Second)
 	seedCookbook(t, r, now)
@@ -191,6 +199,8 @@ func TestCookbook(t *testing.T) {
 		switch recipe.role {
 		case "reader":
 			login = cookReader
+		case "revoker":
+			login = cookRevoker
 		case "writer":
 			login = cookWriter
 		case "owner":
@@ -248,16 +258,17 @@ func findPsql(t *testing.T) string {
 
 func runPsql(t *testing.T, psql string, d *dbtest.Database, role string, r recipe) string {
 	t.Helper()
-	args := []string{"-X", "-v", "ON_ERROR_STOP=1", "-P", "pager=off", "-f", "-", d.ConnString}
+	args := []string{"-X", "-v", "ON_ERROR_STOP=1", "-P", "pager=off"}
+	if role != "" {
+		args = append(args, "-c", "SET SESSION AUTHORIZATION "+role)
+	}
+	args = append(args, "-f", "-", d.ConnString)
 	if r.is("expanded") {
 		args = append([]string{"-x"}, args...)
 	}
 	cmd := exec.CommandContext(t.Context(), psql, args...)
 	cmd.Stdin = strings.NewReader(r.sql)
 	cmd.Env = append(os.Environ(), "PGTZ=UTC", "PGAPPNAME=psql", "LC_ALL=C.UTF-8")
-	if role != "" {
-		cmd.Env = append(cmd.Env, "PGOPTIONS=-c role="+role)
-	}
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	output, err := cmd.Output()
@@ -265,7 +276,7 @@ func runPsql(t *testing.T, psql string, d *dbtest.Database, role string, r recip
 		t.Errorf("%s:%d: %s, as %s: %v\n%s", cookbookPath, r.line, r.title, r.role, err, stderr.String())
 	}
 	var shown []string
-	for line := range strings.Lines(string(output)) {
+	for line := range strings.Lines(strings.TrimPrefix(string(output), "SET\n")) {
 		shown = append(shown, strings.TrimRight(line, " \n"))
 	}
 	return strings.TrimRight(strings.Join(shown, "\n"), "\n") + "\n"

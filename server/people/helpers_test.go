@@ -159,25 +159,26 @@ func position(t testing.TB, r *servertest.Replica) *databroker.ServerInfoRespons
 	return info
 }
 
-// roles makes a reader, a writer and a server with what the grants give them, and drops them when the test
+// roles makes a reader, a writer, a server and perhaps a revoker with what the grants give them, and drops them when the test
 // ends. Roles belong to the whole server, so their names have to be the test's own.
-func roles(t testing.TB, d *dbtest.Database, reader, writer, server string) {
+func roles(t testing.TB, d *dbtest.Database, reader, writer, server string, revoker ...string) {
 	t.Helper()
 	ctx := context.Background()
-	for _, name := range []string{reader, writer, server} {
+	names := append([]string{reader, writer, server}, revoker...)
+	for _, name := range names {
 		// Left by a test that was killed.
 		if value[bool](t, d, `SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1)`, name) {
 			d.Exec(t, "DROP ROLE "+pgx.Identifier{name}.Sanitize())
 		}
 	}
 	grant := func() {
-		d.Exec(t, strings.Join(column[string](t, d, `SELECT pgbroker.grants($1, $2, $3)`, reader, writer, server), "\n"))
+		d.Exec(t, strings.Join(column[string](t, d, `SELECT pgbroker.grants($1, $2, $3, $4)`, reader, writer, server, strings.Join(revoker, "")), "\n"))
 	}
 	grant()
 	grant() // may be repeated
 	t.Cleanup(func() {
 		conn := d.Connect(t)
-		for _, name := range []string{reader, writer, server} {
+		for _, name := range names {
 			name = pgx.Identifier{name}.Sanitize()
 			if _, err := conn.Exec(ctx, "DROP OWNED BY "+name+"; DROP ROLE "+name); err != nil {
 				t.Errorf("drop the role: %v", err)

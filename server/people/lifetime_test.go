@@ -86,12 +86,17 @@ func TestIdleSparesWhatWasUsedMeanwhile(t *testing.T) {
 	now := time.Now()
 	s := aSession("s", "jane", "okta", now.Add(-9*time.Hour), now.Add(-2*time.Hour), now.Add(time.Hour))
 	found := put(t, b.Replica, record(t, "", "s", s))[0].GetVersion()
-	s.AccessedAt = timestamppb.New(now)
-	put(t, b.Replica, record(t, "", "s", s))
+	s.AccessedAt = timestamppb.New(now.Add(-time.Hour))
+	latest := put(t, b.Replica, record(t, "", "s", s))[0].GetVersion()
+	put(t, b.Replica, record(t, "", "newer", aSession("newer", "jane", "okta", now, now, now.Add(time.Hour))))
+	b.Database.Exec(t, `SELECT pgbroker.set_idle_timeout('session.Session', '1 minute'), pgbroker.set_user_limit('session.Session', 1)`)
 	for _, function := range []string{"end_idle_records", "end_excess_records"} {
 		if n := value[int](t, b.Database, fmt.Sprintf(`SELECT pgbroker.%s($1, '{s}', $2)`, function), sessionType, []int64{int64(found)}); n != 0 {
 			t.Errorf("%s has ended a session that was used meanwhile", function)
 		}
+	}
+	if n := value[int](t, b.Database, `SELECT pgbroker.end_excess_records($1, '{s}', $2)`, sessionType, []int64{int64(latest)}); n != 1 {
+		t.Errorf("end_excess_records has ended %d sessions of the latest version, want 1", n)
 	}
 }
 

@@ -32,16 +32,16 @@ const foreignText = "f0reign-text"
 // A guarded database has records of every known type with secrets, and a role of each kind.
 type guarded struct {
 	*dbtest.Database
-	reader, writer, server string
-	views                  []string
+	reader, writer, server, revoker string
+	views                           []string
 }
 
 func newGuarded(t *testing.T) guarded {
 	t.Helper()
 	d := dbtest.New(t)
 	// Names that have to be quoted.
-	g := guarded{Database: d, reader: `Reader "` + d.Name + `"`, writer: `Writer; ` + d.Name, server: `Server'` + d.Name}
-	roles(t, d, g.reader, g.writer, g.server)
+	g := guarded{Database: d, reader: `Reader "` + d.Name + `"`, writer: `Writer; ` + d.Name, server: `Server'` + d.Name, revoker: "Revoker-" + d.Name}
+	roles(t, d, g.reader, g.writer, g.server, g.revoker)
 	r := servertest.Start(t, d.ConnString, servertest.Options{Configure: quiet})
 	for _, v := range typedViews(t) {
 		put(t, r, v.record)

@@ -199,7 +199,7 @@ func TestAReaderSeesNoTokens(t *testing.T) {
 	for _, statement := range []string{
 		"SELECT payload FROM pgbroker.records", "SELECT * FROM pgbroker.changes", "SELECT * FROM pgbroker.leases",
 		"DELETE FROM pgbroker.sessions", "SELECT pgbroker.revoke_session('s')", "TRUNCATE pgbroker.records", "SELECT nextval('pgbroker.record_version')",
-		"UPDATE pgbroker.state SET server_version = 1", "SELECT * FROM pgbroker.write_records('{t}', '{a}', '{f}', '{x}', '{}', '{}', '{}', '{1}', '{0}')",
+		"UPDATE pgbroker.state SET server_version = 1", "SELECT * FROM pgbroker.write_records('{t}', '{a}', '{f}', '{x}', '{}', '{}', '{}', '{1}', '{0}', '{}', '{}')",
 		"CREATE TABLE pgbroker.mine (x int)", "CREATE FUNCTION pgbroker.mine() RETURNS int LANGUAGE sql RETURN 1", "DROP SCHEMA pgbroker CASCADE",
 	} {
 		if _, err := reader.Exec(t.Context(), statement); err == nil || !strings.Contains(err.Error(), "42501") {
