@@ -223,7 +223,8 @@ may not create roles is told what to have created.
 
 The reader sees the views, which show no tokens. The revoker also ends sessions, and writes nothing: it is for the help desk. The
 writer revokes and writes records, without reading payloads. The server is what replicas connect as.`,
-		Example: `  pgbroker migrate grants --revoker helpdesk --server pgbroker_app | psql "$DATABASE_URL"`,
+		Example: `  pgbroker migrate grants --revoker helpdesk --server pgbroker_app |
+    psql "$DATABASE_URL"`,
 		RunE: a.onDatabase(func(ctx context.Context, database *pgx.ConnConfig) error {
 			roles := 0
 			for flag, role := range map[string]string{

@@ -83,23 +83,28 @@ func (t *table) add(cells ...string) {
 const gap = "  "
 
 func (t *table) write(w io.Writer) error {
+	var b bytes.Buffer
+	t.writeFor(&b, terminalWidth(w))
+	_, err := w.Write(b.Bytes())
+	return err
+}
+
+// writeFor writes the table for a terminal that is so wide; 0 is none.
+func (t *table) writeFor(b *bytes.Buffer, terminal int) {
+	rows := append([][]string{t.header}, t.rows...)
 	widths := make([]int, len(t.header))
-	for _, row := range append([][]string{t.header}, t.rows...) {
+	for _, row := range rows {
 		for i, cell := range row {
 			widths[i] = max(widths[i], columnsOf(cell))
 		}
 	}
-	var b bytes.Buffer
-	if terminal := terminalWidth(w); !shrink(widths, t.long, terminal) {
-		t.expand(&b, terminal)
-		_, err := w.Write(b.Bytes())
-		return err
+	if !shrink(widths, t.long, terminal) {
+		t.expand(b, terminal)
+		return
 	}
-	for _, row := range append([][]string{t.header}, t.rows...) {
-		writeRow(&b, row, widths)
+	for _, row := range rows {
+		writeRow(b, row, widths)
 	}
-	_, err := w.Write(b.Bytes())
-	return err
 }
 
 // expand writes a table that is too wide for a terminal.

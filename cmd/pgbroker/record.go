@@ -205,8 +205,10 @@ The payload is given as JSON in the form that protobuf prescribes. Its message i
 type URL, and google.protobuf.Struct (any JSON object) otherwise; --payload-type or a member "@type" name another one.
 
 ` + typeHelp,
-		Example: `  pgbroker record put -t session.Session -i 4fb2 --data '{"id": "4fb2", "user_id": "jane", "expires_at": "2030-01-01T00:00:00Z"}'
-  pgbroker record put -t pomerium.io/DirectoryUser -i jane --data '{"id": "jane", "email": "jane@example.com"}'
+		Example: `  pgbroker record put -t session.Session -i 4fb2 \
+    --data '{"id": "4fb2", "user_id": "jane", "refresh_disabled": true}'
+  pgbroker record put -t pomerium.io/DirectoryUser -i jane \
+    --data '{"id": "jane", "email": "jane@example.com"}'
   pgbroker record put -t example.com/Thing -i 1 --data @thing.json`,
 		RunE: a.call(func(ctx context.Context, _ *cobra.Command, c *client) error {
 			if err := name.check(); err != nil {
@@ -251,7 +253,8 @@ func (a *app) recordPatchCommand() *cobra.Command {
 payload does not have is cleared. Fields are named as in the proto file (user_id), nested ones with dots (id_token.issuer).
 
 ` + typeHelp,
-		Example: `  pgbroker record patch -t session.Session -i 4fb2 --data '{"accessedAt": "2030-01-01T00:00:00Z"}' --mask accessed_at`,
+		Example: `  pgbroker record patch -t session.Session -i 4fb2 \
+    --data '{"accessedAt": "2030-01-01T00:00:00Z"}' --mask accessed_at`,
 		RunE: a.call(func(ctx context.Context, _ *cobra.Command, c *client) error {
 			if err := name.check(); err != nil {
 				return err

@@ -198,6 +198,7 @@ Exit codes:
 			holdsCommands(cmd)
 		}
 	}
+	a.setHelp(root)
 	root.SetFlagErrorFunc(explainFlag)
 	suggestCommands(root)
 	return root

@@ -43,7 +43,8 @@ func (a *app) secretFingerprintCommand() *cobra.Command {
 		Long: `Print the fingerprints of the configured shared secrets. The server logs the same fingerprints when it rejects a request,
 so that two machines can be compared without showing a secret.`,
 		Example: `  pgbroker secret fingerprint --shared-secret-file /run/secrets/shared
-  kubectl get secret pomerium -o jsonpath='{.data.shared_secret}' | base64 -d | pgbroker secret fingerprint --stdin`,
+  kubectl get secret pomerium -o jsonpath='{.data.shared_secret}' |
+    base64 -d | pgbroker secret fingerprint --stdin`,
 		RunE: a.action(func(cmd *cobra.Command, cfg *configuration) error {
 			keys, err := a.configuredKeys(cmd.Context(), cfg, stdin)
 			if err != nil {

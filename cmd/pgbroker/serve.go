@@ -37,7 +37,8 @@ With a connection string (--database-url or --database-url-file) it uses that da
 shared secret in --data-dir, and stops it again at the end.`,
 		Example: `  pgbroker serve
   pgbroker serve --ephemeral
-  pgbroker serve --database-url-file /run/secrets/db --shared-secret-file /run/secrets/shared --migrate`,
+  pgbroker serve --migrate --database-url-file /run/secrets/db \
+    --shared-secret-file /run/secrets/shared`,
 		RunE: a.action(func(cmd *cobra.Command, cfg *configuration) error { return a.serve(cmd.Context(), cfg) }),
 	}
 	addSettingFlags(cmd.Flags(), useServe)

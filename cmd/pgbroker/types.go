@@ -118,7 +118,8 @@ the next write of the type, the time to live within a minute; records that go le
 that ends some of the records that are there, it says how many and asks, unless --yes is given.
 
 ` + typeHelp,
-		Example: `  pgbroker options set -t session.SessionBindingRequest --capacity 50000 --ttl 15m
+		Example: `  pgbroker options set -t session.SessionBindingRequest \
+    --capacity 50000 --ttl 15m
   pgbroker options set -t example.com/Thing    # no options`,
 		RunE: a.call(func(ctx context.Context, cmd *cobra.Command, c *client) error {
 			if err := checkText("type", name.kind); err != nil {
