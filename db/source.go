@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"net/url"
 	"os"
+	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
@@ -67,6 +69,10 @@ func newSource(name, text, file string, pooled bool, cfg Config, log *slog.Logge
 		log.Warn("target_session_attrs prefers servers that take no writes: nothing can be revoked by this replica while it uses one",
 			"source", name, "target_session_attrs", parsed.attrs)
 	}
+	if len(parsed.ignored) > 0 {
+		log.Warn("the connection string or the environment has keywords that change nothing here; see docs/configuration.md",
+			"source", name, "keywords", parsed.ignored)
+	}
 	if len(parsed.overruled) > 0 {
 		log.Warn("the connection string has settings that pgbroker's statements need otherwise; its own are used",
 			"source", name, "settings", parsed.overruled)
@@ -115,11 +121,36 @@ type parsed struct {
 	answer time.Duration
 
 	overruled []string // settings that were given and are not used
+	ignored   []string // keywords that were given and mean nothing here
 }
 
-// attrsPattern finds target_session_attrs: pgx does not tell "any" from
-// nothing.
-var attrsPattern = regexp.MustCompile(`target_session_attrs\s*=\s*'?([a-z-]+)`)
+// anyPattern finds target_session_attrs=any, which pgx does not tell from
+// nothing. A service file's is not found.
+var anyPattern = regexp.MustCompile(`target_session_attrs\s*=\s*'?any\b`)
+
+// attrsOf returns target_session_attrs as given, wherever that was, and "" if it was not.
+func attrsOf(cfg *pgx.ConnConfig, text string) string {
+	if cfg.ValidateConnect == nil {
+		if unescaped, err := url.PathUnescape(text); err == nil {
+			text = unescaped
+		}
+		if anyPattern.MatchString(text) || os.Getenv("PGTARGETSESSIONATTRS") == "any" {
+			return "any"
+		}
+		return ""
+	}
+	chosen := reflect.ValueOf(cfg.ValidateConnect).Pointer()
+	for attrs, validate := range map[string]pgconn.ValidateConnectFunc{
+		"read-write": pgconn.ValidateConnectTargetSessionAttrsReadWrite, "read-only": pgconn.ValidateConnectTargetSessionAttrsReadOnly,
+		"primary": pgconn.ValidateConnectTargetSessionAttrsPrimary, "standby": pgconn.ValidateConnectTargetSessionAttrsStandby,
+		"prefer-standby": pgconn.ValidateConnectTargetSessionAttrsPreferStandby,
+	} {
+		if reflect.ValueOf(validate).Pointer() == chosen {
+			return attrs
+		}
+	}
+	return ""
+}
 
 // parse reads the connection string.
 func (s *source) parse() (p parsed, err error) {
@@ -137,17 +168,17 @@ func (s *source) parse() (p parsed, err error) {
 	// ones were given.
 	given, err := pgx.ParseConfig(text)
 	if err == nil {
+		text = withHost(text, keyword(given.RuntimeParams, "hostaddr"))
 		p.pool, err = pgxpool.ParseConfig(text)
 	}
 	if err != nil {
 		return p, fmt.Errorf("db: %s: %s", s.name, parseReason(err))
 	}
-	cfg := p.pool.ConnConfig
-	if m := attrsPattern.FindStringSubmatch(text); m != nil {
-		p.attrs = m[1]
-	} else {
-		p.attrs = os.Getenv("PGTARGETSESSIONATTRS")
+	if p.ignored, err = applyKeywords(p.pool.ConnConfig); err != nil {
+		return p, fmt.Errorf("db: %s: %w", s.name, err)
 	}
+	cfg := p.pool.ConnConfig
+	p.attrs = attrsOf(cfg, text)
 	cfg.ValidateConnect = validateAttrs(p.attrs, len(hosts(cfg)) > 1)
 	_, p.named = given.RuntimeParams["application_name"]
 	s.setPoolDefaults(p.pool, given.RuntimeParams)

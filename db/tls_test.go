@@ -51,6 +51,9 @@ func (a *authority) sign(t *testing.T, name string) (*x509.Certificate, *ecdsa.P
 		SerialNumber: serial, Subject: pkix.Name{CommonName: name}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), BasicConstraintsValid: true,
 	}
+	if !strings.Contains(name, " ") {
+		cert.DNSNames = []string{name}
+	}
 	parent, signer := a.cert, a.key
 	if parent == nil {
 		cert.IsCA, cert.KeyUsage = true, x509.KeyUsageCertSign

@@ -84,13 +84,17 @@ func reachable(address string) string {
 }
 
 var (
-	uriPassword = regexp.MustCompile(`(?i)((?:ssl)?password=)[^&]*`)
+	uriPassword = regexp.MustCompile(`(?i)((?:(?:ssl)?password|scram_(?:client|server)_key|oauth_client_secret)=)[^&]*`)
+	// escapedKeyword is a key=value of a URI whose key is written in a way that nobody has to understand.
+	escapedKeyword = regexp.MustCompile(`([?&][^=&]*%[^=&]*=)[^&]*`)
+	// secretKeyword is the keyword of a value that is never shown.
+	secretKeyword = regexp.MustCompile(`(?i)^((ssl)?password|scram_(client|server)_key|oauth_client_secret)$`)
 	// keyword is one `key = value` of a keyword connection string, whose value may be quoted.
 	keyword = regexp.MustCompile(`(\w+)\s*=\s*('(?:\\.|[^'\\])*'|(?:\\.|[^\s'\\])*)`)
 	// settingKeyword is what the keyword of a setting of libpq or of a session looks like.
 	settingKeyword  = regexp.MustCompile(`^[a-z][a-z0-9_.]{0,62}$`)
 	harmlessKeyword = regexp.MustCompile(`^(host|hostaddr|port|dbname|database|user|passfile|service|servicefile|options|` +
-		`application_name|search_path|target_session_attrs|load_balance_hosts|krbsrvname|krbspn|client_encoding|` +
+		`application_name|search_path|target_session_attrs|load_balance_hosts|krbsrvname|krbspn|client_encoding|keepalives[a-z_]*|` +
 		`ssl[a-z_]+|pool_[a-z_]+|[a-z_]+_timeout|default_query_exec_mode|statement_cache_capacity|description_cache_capacity)$`)
 	keywords = regexp.MustCompile(`^\s*(?:` + keyword.String() + `(?:\s+|$))+$`)
 )
@@ -107,7 +111,7 @@ func redactConnString(conn string) string {
 			}
 			rest = user + rest[at:]
 		}
-		return scheme + "://" + uriPassword.ReplaceAllString(rest, "${1}"+mask)
+		return scheme + "://" + escapedKeyword.ReplaceAllString(uriPassword.ReplaceAllString(rest, "${1}"+mask), "${1}"+mask)
 	}
 	if !keywords.MatchString(conn) {
 		return mask
@@ -116,7 +120,7 @@ func redactConnString(conn string) string {
 	shown := keyword.ReplaceAllStringFunc(conn, func(pair string) string {
 		key, _, _ := strings.Cut(pair, "=")
 		key = strings.TrimSpace(key)
-		if key == "password" || key == "sslpassword" {
+		if secretKeyword.MatchString(key) {
 			return key + "=" + mask
 		}
 		// A secret that ends with = would pass for a keyword without a value.

@@ -95,6 +95,7 @@ func reference() ([]byte, error) {
 	for i := range settings {
 		settings[i].document(&b)
 	}
+	documentKeywords(&b)
 	b.WriteString("## Exit codes\n\n| code | meaning |\n|---|---|\n")
 	for _, c := range exitCodes {
 		fmt.Fprintf(&b, "| %d | %s |\n", c.code, c.meaning)
@@ -109,6 +110,33 @@ func reference() ([]byte, error) {
 		fmt.Fprintf(&b, "| `%s` | %s | %s |\n", m.name, m.labels, m.help)
 	}
 	return b.Bytes(), nil
+}
+
+const keywordsStart = `## Connection strings
+
+A connection string is a URI (¬postgres://user@host:5432/database?option=value¬, with special characters percent-encoded) or keywords and
+values (¬host=h dbname=d password='two words'¬), as libpq of PostgreSQL 15 to 18 has them. What it does not say, a service
+file or the environment may. Keywords that are ignored are named in one warning; those that are refused are errors, because
+ignoring them would weaken security or lead nowhere. Any other keyword is a setting of PostgreSQL (¬statement_timeout=5s¬) or of the pool
+(¬pool_max_conns¬, ¬pool_min_conns¬, ¬pool_max_conn_lifetime¬, ¬pool_max_conn_idle_time¬, ¬pool_ping_timeout¬).
+
+| keyword | environment | | what it does |
+|---|---|---|---|
+`
+
+// documentKeywords writes the table of what connection strings may say.
+func documentKeywords(b *bytes.Buffer) {
+	b.WriteString(strings.ReplaceAll(keywordsStart, "¬", "`"))
+	code := func(name string) string {
+		if name == "" {
+			return ""
+		}
+		return "`" + name + "`"
+	}
+	for _, k := range db.Keywords() {
+		fmt.Fprintf(b, "| %s | %s | %s | %s |\n", code(k.Name), code(k.Env), k.Kind, k.Meaning)
+	}
+	b.WriteByte('\n')
 }
 
 // document writes the section of one setting.

@@ -141,7 +141,8 @@ func (b *PgBouncer) Start() {
 	cmd := exec.Command(b.program, "-q", b.path("pgbouncer.ini"))
 	cmd.Stdout, cmd.Stderr = b.output, b.output
 	cmd.Dir = b.dir
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL, Credential: b.cred}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Credential: b.cred}
+	endWithTest(cmd.SysProcAttr)
 	if err := cmd.Start(); err != nil {
 		b.t.Fatalf("dbtest: start PgBouncer: %v", err)
 	}
