@@ -41,7 +41,7 @@ type Config struct {
 	ListenerConnStringFile string
 
 	// MaxConns is the size of the pool. Zero: the number of CPUs, but at least
-	// 4. The connection of Listen comes on top.
+	// 10. The connection of Listen comes on top.
 	MaxConns int
 
 	// MinConns is the number of connections that are kept open. Zero: none.
@@ -90,6 +90,9 @@ const (
 	// defaultConnectTimeout is for one host of several: without it a host that
 	// does not answer would hide the next one.
 	defaultConnectTimeout = 5 * time.Second
+
+	// defaultMaxConns is enough for a server to keep what it does apart.
+	defaultMaxConns = 10
 
 	// Connections do not live for ever, so that they spread over servers, and
 	// passwords and certificates that have expired go out of use.

@@ -677,14 +677,14 @@ func (q *Queries) QueryType(ctx context.Context, arg QueryTypeParams) ([]QueryTy
 	return items, nil
 }
 
-const scanInParallel = `-- name: ScanInParallel :exec
-SELECT set_config('max_parallel_workers_per_gather', '2', true), set_config('enable_seqscan', 'on', true)
+const scanWhole = `-- name: ScanWhole :exec
+SELECT set_config('max_parallel_workers_per_gather', ($1::integer)::text, true), set_config('enable_seqscan', 'on', true)
 `
 
-// Lets what follows in the transaction read whole tables, with two more processes.
+// Lets what follows in the transaction read whole tables, with so many more processes.
 //
-//	SELECT set_config('max_parallel_workers_per_gather', '2', true), set_config('enable_seqscan', 'on', true)
-func (q *Queries) ScanInParallel(ctx context.Context) error {
-	_, err := q.db.Exec(ctx, scanInParallel)
+//	SELECT set_config('max_parallel_workers_per_gather', ($1::integer)::text, true), set_config('enable_seqscan', 'on', true)
+func (q *Queries) ScanWhole(ctx context.Context, workers int32) error {
+	_, err := q.db.Exec(ctx, scanWhole, workers)
 	return err
 }

@@ -39,31 +39,57 @@ func (q *Queries) RecordGet(ctx context.Context, arg RecordGetParams) (RecordGet
 	return i, err
 }
 
-const recordLongestPrefix = `-- name: RecordLongestPrefix :one
-SELECT index_cidr::text AS prefix
-FROM pgbroker.records
-WHERE ($1::text = '' OR type = $1::text) AND index_cidr >>= ($2::text)::inet
-ORDER BY masklen(index_cidr) DESC
-LIMIT 1
+const recordLongestPrefixes = `-- name: RecordLongestPrefixes :many
+SELECT a.address::text AS address, l.prefix
+FROM unnest($1::text[]) AS a (address)
+CROSS JOIN LATERAL (
+  SELECT r.index_cidr::text AS prefix
+  FROM pgbroker.records r
+  WHERE ($2::text = '' OR r.type = $2::text) AND r.index_cidr >>= a.address::inet
+  ORDER BY masklen(r.index_cidr) DESC
+  LIMIT 1
+) l
 `
 
-type RecordLongestPrefixParams struct {
-	Type    string
-	Address string
+type RecordLongestPrefixesParams struct {
+	Addresses []string
+	Type      string
 }
 
-// The longest stored prefix that contains the given address or prefix.
+type RecordLongestPrefixesRow struct {
+	Address string
+	Prefix  string
+}
+
+// The longest stored prefix that contains each of the given addresses or prefixes, for those of which there is one.
 //
-//	SELECT index_cidr::text AS prefix
-//	FROM pgbroker.records
-//	WHERE ($1::text = '' OR type = $1::text) AND index_cidr >>= ($2::text)::inet
-//	ORDER BY masklen(index_cidr) DESC
-//	LIMIT 1
-func (q *Queries) RecordLongestPrefix(ctx context.Context, arg RecordLongestPrefixParams) (string, error) {
-	row := q.db.QueryRow(ctx, recordLongestPrefix, arg.Type, arg.Address)
-	var prefix string
-	err := row.Scan(&prefix)
-	return prefix, err
+//	SELECT a.address::text AS address, l.prefix
+//	FROM unnest($1::text[]) AS a (address)
+//	CROSS JOIN LATERAL (
+//	  SELECT r.index_cidr::text AS prefix
+//	  FROM pgbroker.records r
+//	  WHERE ($2::text = '' OR r.type = $2::text) AND r.index_cidr >>= a.address::inet
+//	  ORDER BY masklen(r.index_cidr) DESC
+//	  LIMIT 1
+//	) l
+func (q *Queries) RecordLongestPrefixes(ctx context.Context, arg RecordLongestPrefixesParams) ([]RecordLongestPrefixesRow, error) {
+	rows, err := q.db.Query(ctx, recordLongestPrefixes, arg.Addresses, arg.Type)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []RecordLongestPrefixesRow
+	for rows.Next() {
+		var i RecordLongestPrefixesRow
+		if err := rows.Scan(&i.Address, &i.Prefix); err != nil {
+			return nil, err
+		}
+		items = append(items, i)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
 }
 
 const recordsClear = `-- name: RecordsClear :exec

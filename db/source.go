@@ -229,6 +229,9 @@ func (s *source) setPoolDefaults(pool *pgxpool.Config, given map[string]string) 
 	if s.cfg.MaxConns > 0 && unset("pool_max_conns") {
 		pool.MaxConns = int32(s.cfg.MaxConns)
 	}
+	if s.cfg.MaxConns == 0 && unset("pool_max_conns") {
+		pool.MaxConns = max(pool.MaxConns, defaultMaxConns)
+	}
 	if s.cfg.MinConns > 0 && unset("pool_min_conns") {
 		pool.MinConns = int32(s.cfg.MinConns)
 	}

@@ -109,9 +109,9 @@ LEFT JOIN (
 ) r ON true
 ORDER BY r.type, r.id;
 
--- name: ScanInParallel :exec
--- Lets what follows in the transaction read whole tables, with two more processes.
-SELECT set_config('max_parallel_workers_per_gather', '2', true), set_config('enable_seqscan', 'on', true);
+-- name: ScanWhole :exec
+-- Lets what follows in the transaction read whole tables, with so many more processes.
+SELECT set_config('max_parallel_workers_per_gather', (@workers::integer)::text, true), set_config('enable_seqscan', 'on', true);
 
 -- name: QueryScan :many
 -- Records that match a filter, found by reading every record of the type, or of all types.

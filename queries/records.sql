@@ -60,13 +60,17 @@ LOCK TABLE pgbroker.records IN ACCESS EXCLUSIVE MODE;
 -- Removes every record, which makes a new data set; the audit names the key and the person, '' for none.
 SELECT pgbroker.clear_records(@key::text, @person::text);
 
--- name: RecordLongestPrefix :one
--- The longest stored prefix that contains the given address or prefix.
-SELECT index_cidr::text AS prefix
-FROM pgbroker.records
-WHERE (@type::text = '' OR type = @type::text) AND index_cidr >>= (@address::text)::inet
-ORDER BY masklen(index_cidr) DESC
-LIMIT 1;
+-- name: RecordLongestPrefixes :many
+-- The longest stored prefix that contains each of the given addresses or prefixes, for those of which there is one.
+SELECT a.address::text AS address, l.prefix
+FROM unnest(@addresses::text[]) AS a (address)
+CROSS JOIN LATERAL (
+  SELECT r.index_cidr::text AS prefix
+  FROM pgbroker.records r
+  WHERE (@type::text = '' OR r.type = @type::text) AND r.index_cidr >>= a.address::inet
+  ORDER BY masklen(r.index_cidr) DESC
+  LIMIT 1
+) l;
 
 -- name: RecordsExpire :one
 -- Deletes records whose own expiry time has passed, the longest expired first.

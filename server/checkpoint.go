@@ -19,7 +19,7 @@ type checkpointServer struct {
 func (s *checkpointServer) GetCheckpoint(ctx context.Context, _ *databroker.GetCheckpointRequest) (*databroker.GetCheckpointResponse, error) {
 	var row db.CheckpointGetRow
 	err := db.RetryRead(ctx, func(ctx context.Context) (err error) {
-		row, err = s.queries.CheckpointGet(ctx)
+		row, err = s.reads.CheckpointGet(ctx)
 		return err
 	})
 	if err != nil {
@@ -38,7 +38,7 @@ func (s *checkpointServer) GetCheckpoint(ctx context.Context, _ *databroker.GetC
 // SetCheckpoint overwrites the checkpoint; without one, with zeros.
 func (s *checkpointServer) SetCheckpoint(ctx context.Context, request *databroker.SetCheckpointRequest) (*databroker.SetCheckpointResponse, error) {
 	err := db.Retry(ctx, func(ctx context.Context) error {
-		return s.queries.CheckpointSet(ctx, db.CheckpointSetParams{
+		return s.changes.CheckpointSet(ctx, db.CheckpointSetParams{
 			ServerVersion: strconv.FormatUint(request.Checkpoint.GetServerVersion(), 10),
 			RecordVersion: strconv.FormatUint(request.Checkpoint.GetRecordVersion(), 10),
 		})

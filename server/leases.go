@@ -29,7 +29,7 @@ func (s *brokerServer) AcquireLease(ctx context.Context, request *databroker.Acq
 	}
 	response := new(databroker.AcquireLeaseResponse)
 	err = db.Retry(ctx, func(ctx context.Context) (err error) {
-		response.Id, err = s.queries.LeaseAcquire(ctx, db.LeaseAcquireParams{Name: request.Name, Duration: ttl})
+		response.Id, err = s.changes.LeaseAcquire(ctx, db.LeaseAcquireParams{Name: request.Name, Duration: ttl})
 		return err
 	})
 	if errors.Is(err, pgx.ErrNoRows) {
@@ -49,7 +49,7 @@ func (s *brokerServer) RenewLease(ctx context.Context, request *databroker.Renew
 	}
 	var renewed int64
 	err = db.Retry(ctx, func(ctx context.Context) (err error) {
-		renewed, err = s.queries.LeaseRenew(ctx, db.LeaseRenewParams{Name: request.Name, ID: request.Id, Duration: ttl})
+		renewed, err = s.changes.LeaseRenew(ctx, db.LeaseRenewParams{Name: request.Name, ID: request.Id, Duration: ttl})
 		return err
 	})
 	switch {
@@ -67,7 +67,7 @@ func (s *brokerServer) ReleaseLease(ctx context.Context, request *databroker.Rel
 		return nil, err
 	}
 	err := db.Retry(ctx, func(ctx context.Context) error {
-		_, err := s.queries.LeaseRelease(ctx, db.LeaseReleaseParams{Name: request.Name, ID: request.Id})
+		_, err := s.changes.LeaseRelease(ctx, db.LeaseReleaseParams{Name: request.Name, ID: request.Id})
 		return err
 	})
 	return new(emptypb.Empty), err

@@ -32,6 +32,9 @@ type Limits struct {
 	Requests int
 	// RequestBytes is the size of all requests that are under way. Default: 256 MiB.
 	RequestBytes int
+	// Scans are the queries that read all records of a type at the same time: those with a text, or with a filter that no
+	// index serves. Eight times as many may wait. No more run than a third of the pool has connections for. Default: 2.
+	Scans int
 	// ResponseSize is how many bytes of payload one answer may have. Default: 64 MiB.
 	ResponseSize int
 }
@@ -44,6 +47,7 @@ const (
 	DefaultMaxRequests             = 5000
 	DefaultMaxRequestBytes         = 256 << 20
 	DefaultMaxResponseSize         = 64 << 20
+	DefaultMaxScans                = 2
 )
 
 func (l *Limits) setDefaults() {
@@ -52,6 +56,7 @@ func (l *Limits) setDefaults() {
 	l.StreamsPerConnection = cmp.Or(l.StreamsPerConnection, DefaultMaxStreamsPerConnection)
 	l.Requests = cmp.Or(l.Requests, DefaultMaxRequests)
 	l.RequestBytes = cmp.Or(l.RequestBytes, DefaultMaxRequestBytes)
+	l.Scans = cmp.Or(l.Scans, DefaultMaxScans)
 	l.ResponseSize = cmp.Or(l.ResponseSize, DefaultMaxResponseSize)
 }
 
@@ -91,6 +96,7 @@ const (
 	limitRequests             = "max_requests"
 	limitRequestBytes         = "max_request_bytes"
 	limitResponseSize         = "max_response_size"
+	limitScans                = "max_scans"
 	limitPublicRequests       = "public_requests"
 )
 
@@ -121,7 +127,7 @@ func newLimiter(limits Limits, logger *slog.Logger) *limiter {
 		}, []string{"limit"}),
 	}
 	for _, limit := range []string{
-		limitConnections, limitStreams, limitStreamsPerConnection, limitRequests, limitRequestBytes, limitResponseSize, limitPublicRequests,
+		limitConnections, limitStreams, limitStreamsPerConnection, limitRequests, limitRequestBytes, limitResponseSize, limitScans, limitPublicRequests,
 	} {
 		l.reached.WithLabelValues(limit) // a metric that is there before it is needed
 		l.logged[limit] = new(atomic.Int64)

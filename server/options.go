@@ -30,7 +30,7 @@ func (s *brokerServer) GetOptions(ctx context.Context, request *databroker.GetOp
 	}
 	var row db.OptionsGetRow
 	err := db.RetryRead(ctx, func(ctx context.Context) (err error) {
-		row, err = s.queries.OptionsGet(ctx, request.Type)
+		row, err = s.reads.OptionsGet(ctx, request.Type)
 		return err
 	})
 	if err != nil && !errors.Is(err, pgx.ErrNoRows) {
@@ -77,7 +77,7 @@ func (s *brokerServer) SetOptions(ctx context.Context, request *databroker.SetOp
 	}
 	var row db.OptionsSetRow
 	err := db.Retry(ctx, func(ctx context.Context) (err error) {
-		row, err = s.queries.OptionsSet(ctx, params)
+		row, err = s.changes.OptionsSet(ctx, params)
 		return err
 	})
 	if err != nil {

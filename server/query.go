@@ -22,6 +22,18 @@ import (
 // least one row, with version 0 if the page is empty.
 type queryRow = db.QueryTypeRow
 
+// Bounds of what a query may cost the database.
+const (
+	// maxComparisons is how many comparisons a filter may make with each record: those with ids and prefixes that lead to the
+	// records by an index, and a list that an index answers alone, do not count. One takes up to half a microsecond.
+	maxComparisons = 1000
+	// maxSearchBytes bounds the text that is searched for. Looking for a long text of few letters in another one takes the
+	// product of both lengths, and PostgreSQL does not let itself be interrupted in that.
+	maxSearchBytes = 1 << 10
+	// scanWorkers is how many processes help with a scan that is the only one.
+	scanWorkers = 2
+)
+
 // Query returns a page of the records that match a filter and a text.
 func (s *brokerServer) Query(ctx context.Context, request *databroker.QueryRequest) (*databroker.QueryResponse, error) {
 	switch {
@@ -31,7 +43,7 @@ func (s *brokerServer) Query(ctx context.Context, request *databroker.QueryReque
 		return nil, invalid("limit", "%d, must not be negative", request.Limit)
 	}
 	if err := errors.Join(checkText("type", request.Type, maxTypeBytes),
-		checkText("query", request.Query, s.config.MaxMessageSize)); err != nil {
+		checkText("query", request.Query, maxSearchBytes)); err != nil {
 		return nil, err
 	}
 	parsed, err := filter.Parse(request.Filter)
@@ -83,6 +95,7 @@ func (s *brokerServer) query(ctx context.Context, request *databroker.QueryReque
 		access, search = filter.Access{Kind: filter.AccessKeys, Exact: true}, ""
 	}
 	everything := access.Kind == filter.AccessNone && access.Exact
+	parsed = parsed.Rest(access)
 
 	switch {
 	case everything && search == "" && request.Type == "":
@@ -106,10 +119,7 @@ func (s *brokerServer) query(ctx context.Context, request *databroker.QueryReque
 		}
 	}
 	if access.Kind == filter.AccessKeys {
-		addresses := make([]string, len(access.Index))
-		for i, prefix := range access.Index {
-			addresses[i] = prefix.String()
-		}
+		addresses := prefixTexts(access.Index)
 		rows, err := queries.QueryKeys(ctx, db.QueryKeysParams{
 			Type: request.Type, IDs: access.IDs, Addresses: addresses, Filter: predicate, WithVars: parsed.UsesVars(), Search: search,
 			Skip: request.Offset, MaxRows: request.Limit,
@@ -156,11 +166,15 @@ func (s *brokerServer) query(ctx context.Context, request *databroker.QueryReque
 	})
 }
 
-// scan runs a query that reads all records of a type, or all their texts, in several processes.
+// scan runs a query that reads all records of a type, or all their texts: in several processes, unless others want them, too.
 func (s *brokerServer) scan(ctx context.Context, query func(context.Context, *db.Queries) ([]queryRow, error)) (rows []queryRow, err error) {
-	err = pgx.BeginTxFunc(ctx, s.db, pgx.TxOptions{AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
+	err = pgx.BeginTxFunc(ctx, s.lanes.scans, pgx.TxOptions{AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
 		queries := db.New(boundedReader{tx, s.limiter})
-		if err := queries.ScanInParallel(ctx); err != nil {
+		workers := int32(0)
+		if s.lanes.scans.alone() {
+			workers = scanWorkers
+		}
+		if err := queries.ScanWhole(ctx, workers); err != nil {
 			return err
 		}
 		rows, err = query(ctx, queries)
@@ -172,20 +186,36 @@ func (s *brokerServer) scan(ctx context.Context, query func(context.Context, *db
 // predicate compiles a filter to the jsonpath that the database evaluates record by record. Addresses are
 // replaced by the longest stored prefix that contains them.
 func (s *brokerServer) predicate(ctx context.Context, recordType string, parsed *filter.Filter) (string, error) {
-	longest := make(map[netip.Prefix]string)
-	for _, prefix := range parsed.IndexValues() {
-		stored, err := s.queries.RecordLongestPrefix(ctx, db.RecordLongestPrefixParams{Type: recordType, Address: prefix.String()})
-		switch {
-		case err == nil:
-			longest[prefix] = stored
-		case !errors.Is(err, pgx.ErrNoRows):
+	if n := parsed.Comparisons(); n > maxComparisons {
+		return "", invalid("filter", "%d comparisons with each record, at most %d are allowed", n, maxComparisons)
+	}
+	longest := make(map[string]string)
+	if prefixes := parsed.IndexValues(); len(prefixes) > 0 {
+		rows, err := s.reads.RecordLongestPrefixes(ctx, db.RecordLongestPrefixesParams{Addresses: prefixTexts(prefixes), Type: recordType})
+		if err != nil {
 			return "", err
+		}
+		for _, row := range rows {
+			longest[row.Address] = row.Prefix
 		}
 	}
 	return parsed.JSONPath(func(prefix netip.Prefix) (string, bool) {
-		stored, ok := longest[prefix]
+		stored, ok := longest[prefix.String()]
 		return stored, ok
 	}), nil
+}
+
+// prefixTexts spells prefixes for the database, each once.
+func prefixTexts(prefixes []netip.Prefix) []string {
+	texts := make([]string, 0, len(prefixes))
+	seen := make(map[netip.Prefix]bool, len(prefixes))
+	for _, prefix := range prefixes {
+		if !seen[prefix] {
+			seen[prefix] = true
+			texts = append(texts, prefix.String())
+		}
+	}
+	return texts
 }
 
 // indexedField returns the first of the fields by which every record of the type is indexed, or nil. The feed's options may

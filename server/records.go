@@ -43,7 +43,7 @@ func (s *brokerServer) Get(ctx context.Context, request *databroker.GetRequest) 
 	}
 	var row db.RecordGetRow
 	err := db.RetryRead(ctx, func(ctx context.Context) (err error) {
-		row, err = s.queries.RecordGet(ctx, db.RecordGetParams{Type: request.Type, ID: request.Id})
+		row, err = s.reads.RecordGet(ctx, db.RecordGetParams{Type: request.Type, ID: request.Id})
 		return err
 	})
 	if errors.Is(err, pgx.ErrNoRows) {
@@ -227,7 +227,7 @@ func (s *brokerServer) setPayload(field string, row *writeRow, payload []byte) e
 func (s *brokerServer) ListTypes(ctx context.Context, _ *emptypb.Empty) (*databroker.ListTypesResponse, error) {
 	response := new(databroker.ListTypesResponse)
 	err := db.RetryRead(ctx, func(ctx context.Context) (err error) {
-		response.Types, err = s.queries.TypesList(ctx)
+		response.Types, err = s.reads.TypesList(ctx)
 		return err
 	})
 	return response, err
@@ -251,7 +251,7 @@ func (s *brokerServer) Clear(ctx context.Context, _ *emptypb.Empty) (*databroker
 	response := new(databroker.ClearResponse)
 	caller := auth.CallerFrom(ctx)
 	err := db.Retry(ctx, func(ctx context.Context) error {
-		return pgx.BeginFunc(ctx, s.db, func(tx pgx.Tx) error {
+		return pgx.BeginFunc(ctx, s.lanes.changes, func(tx pgx.Tx) error {
 			queries := db.New(tx)
 			// TRUNCATE first: it waits for the table, and what we read then nobody else can change.
 			if err := queries.RecordsLock(ctx); err != nil {
@@ -278,7 +278,7 @@ func (s *brokerServer) Clear(ctx context.Context, _ *emptypb.Empty) (*databroker
 
 func (s *brokerServer) state(ctx context.Context) (state db.StateGetRow, err error) {
 	err = db.RetryRead(ctx, func(ctx context.Context) (err error) {
-		state, err = s.queries.StateGet(ctx)
+		state, err = s.reads.StateGet(ctx)
 		return err
 	})
 	return state, err

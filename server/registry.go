@@ -56,7 +56,7 @@ func (s *registryServer) Report(ctx context.Context, request *registry.RegisterR
 		params.Endpoints = append(params.Endpoints, service.GetEndpoint())
 	}
 	if len(params.Kinds) > 0 {
-		err := db.Retry(ctx, func(ctx context.Context) error { return s.queries.ServicesReport(ctx, params) })
+		err := db.Retry(ctx, func(ctx context.Context) error { return s.changes.ServicesReport(ctx, params) })
 		if err != nil {
 			return nil, fmt.Errorf("report services: %w", err)
 		}
@@ -68,7 +68,7 @@ func (s *registryServer) Report(ctx context.Context, request *registry.RegisterR
 func (s *registryServer) List(ctx context.Context, request *registry.ListRequest) (*registry.ServiceList, error) {
 	var rows []db.ServicesListRow
 	err := db.RetryRead(ctx, func(ctx context.Context) (err error) {
-		rows, err = s.queries.ServicesList(ctx)
+		rows, err = s.reads.ServicesList(ctx)
 		return err
 	})
 	if err != nil {

@@ -107,7 +107,10 @@ type Server struct {
 	config    Config
 	logger    *slog.Logger
 	db        *db.DB
-	queries   *db.Queries
+	queries   *db.Queries // for what the replica does by itself
+	lanes     *lanes      // for what clients ask for
+	reads     *db.Queries
+	changes   *db.Queries
 	projector *projector
 	writer    *writer
 	feed      *changefeed.Feed
@@ -121,7 +124,6 @@ type Server struct {
 	problems  *problemWatch
 	grpc      *grpc.Server
 	health    *health.Server
-	snapshots chan struct{} // one per open snapshot of SyncLatest
 
 	supervisor  *supervise.Supervisor // of all that runs in the background
 	maintenance *maintenance
@@ -149,21 +151,23 @@ func New(config Config) (*Server, error) {
 	}
 
 	s := &Server{
-		config:    config,
-		logger:    config.Logger,
-		db:        config.DB,
-		queries:   db.New(config.DB),
-		writer:    newWriter(config.DB, config.RequestTimeout),
-		metrics:   newMetrics(),
-		misfits:   newMisfits(config.Logger),
-		limiter:   newLimiter(config.Limits, config.Logger),
-		health:    health.NewServer(),
-		snapshots: make(chan struct{}, max(1, int(config.DB.Config().MaxConns)/2)),
+		config:  config,
+		logger:  config.Logger,
+		db:      config.DB,
+		queries: db.New(config.DB),
+		writer:  newWriter(config.DB, config.RequestTimeout),
+		metrics: newMetrics(),
+		misfits: newMisfits(config.Logger),
+		limiter: newLimiter(config.Limits, config.Logger),
+		health:  health.NewServer(),
 	}
 	s.supervisor = &supervise.Supervisor{
 		Logger: s.logger, OnPanic: func(task string) { s.metrics.panics.WithLabelValues(task).Inc() },
 	}
-	s.bounded = db.New(boundedReader{config.DB, s.limiter})
+	s.lanes = newLanes(s.db, s.limiter)
+	s.lanes.warn(s.logger)
+	s.reads, s.changes = db.New(s.lanes.short), db.New(s.lanes.changes)
+	s.bounded = db.New(boundedReader{s.lanes.short, s.limiter})
 	s.problems = newProblemWatch(s.queries, s.logger)
 	s.blockers = &blockerWatch{queries: s.queries, logger: s.logger, after: config.LockWarning}
 	// Until the database has been read.
@@ -172,6 +176,7 @@ func New(config Config) (*Server, error) {
 	s.services = newServiceFeed(s.queries, s.logger)
 	s.feed = changefeed.New(changefeed.Config{
 		Queries:      s.queries,
+		Streams:      s.reads,
 		Listen:       s.db.Listen,
 		Settle:       s.db.Settle,
 		Encode:       s.encodeChange,

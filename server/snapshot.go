@@ -29,9 +29,8 @@ var (
 // snapshot is a view of the database in which all reads see the same state, as long as it lasts. It is
 // opened when it is read, and again after close. But for close, it is used by one goroutine.
 type snapshot struct {
-	db         *db.DB
+	db         *lane
 	supervisor *supervise.Supervisor
-	slots      chan struct{} // bounds the open snapshots, so that other requests find connections
 
 	rows int32 // of the next page
 
@@ -50,7 +49,7 @@ type nextPage struct {
 }
 
 func (s *Server) newSnapshot() *snapshot {
-	return &snapshot{db: s.db, supervisor: s.supervisor, slots: s.snapshots, rows: pageRows}
+	return &snapshot{db: s.lanes.snapshots, supervisor: s.supervisor, rows: pageRows}
 }
 
 // state returns the versions and the options of all types.
@@ -154,14 +153,8 @@ func (s *snapshot) read(ctx context.Context, read func(*db.Queries) error) error
 }
 
 func (s *snapshot) openLocked(ctx context.Context) error {
-	select {
-	case s.slots <- struct{}{}:
-	case <-ctx.Done():
-		return ctx.Err()
-	}
 	tx, err := s.db.BeginTx(ctx, pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly})
 	if err != nil {
-		<-s.slots
 		return err
 	}
 	s.tx, s.opened = tx, time.Now()
@@ -193,5 +186,4 @@ func (s *snapshot) closeLocked() {
 	defer cancel()
 	_ = s.tx.Rollback(ctx) // it has only read; a connection that cannot even do this is not used again
 	s.tx = nil
-	<-s.slots
 }

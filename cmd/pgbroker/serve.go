@@ -170,7 +170,7 @@ func newServer(cfg *configuration, database *db.DB, metrics prometheus.Registere
 		LockWarning:          cfg.LockWarning,
 		Limits: server.Limits{
 			Connections: cfg.MaxConnections, Streams: cfg.MaxStreams, StreamsPerConnection: cfg.MaxStreamsPerConnection,
-			Requests: cfg.MaxRequests, RequestBytes: int(cfg.MaxRequestBytes), ResponseSize: int(cfg.MaxResponseSize),
+			Requests: cfg.MaxRequests, RequestBytes: int(cfg.MaxRequestBytes), ResponseSize: int(cfg.MaxResponseSize), Scans: cfg.MaxScans,
 		},
 		Registerer: metrics,
 		Logger:     log,

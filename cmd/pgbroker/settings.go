@@ -55,6 +55,7 @@ type Config struct {
 	MaxRequests             int
 	MaxRequestBytes         byteSize
 	MaxResponseSize         byteSize
+	MaxScans                int
 
 	MetricsAddress string
 	LogLevel       string
@@ -214,7 +215,9 @@ var settings = []setting{
 		field: func(c *Config) any { return &c.PoolMaxConns }, def: "0",
 		check: func(c *Config) error { return checkAtLeast(c.PoolMaxConns, 0) },
 		help: "Most connections that this replica keeps, besides the listener's. 0 takes pool_max_conns from the connection " +
-			"string, or else 4 or the number of processors, whichever is more.",
+			"string, or else 10 or the number of processors, whichever is more. Of ten, three are left to the writer, the feed and the periodic " +
+			"work, and of the others no more than two each are for scans, for SyncLatest and for leases and options, so that reads by key always " +
+			"find one; with fewer than ten they wait for each other.",
 	},
 	{
 		name: "pool_min_conns", use: useServe,
@@ -351,6 +354,13 @@ var settings = []setting{
 		field: func(c *Config) any { return &c.MaxRequestBytes }, def: "256MiB",
 		check: func(c *Config) error { return checkSize(c.MaxRequestBytes, 1<<20, 1<<40) },
 		help:  "Largest size of all requests that are under way at the same time.",
+	},
+	{
+		name: "max_scans", use: useServe,
+		field: func(c *Config) any { return &c.MaxScans }, def: "2",
+		check: func(c *Config) error { return checkAtLeast(c.MaxScans, 1) },
+		help: "Most queries that read all records of a type at the same time: those with a text, or with a filter that no index serves. " +
+			"Eight times as many wait for their turn. No more run than a third of the pool has connections for.",
 	},
 	{
 		name: "max_response_size", use: useServe,

@@ -47,8 +47,10 @@ var ErrStopped = errors.New("the change feed has stopped")
 
 // Config of a Feed. All fields without a stated default are required.
 type Config struct {
-	// Queries reads the database.
+	// Queries reads the database for all streams together.
 	Queries *db.Queries
+	// Streams reads it for single ones, of which there may be many; nil means Queries.
+	Streams *db.Queries
 	// Listen opens the connection that listens for notifications.
 	Listen func(context.Context) (*pgx.Conn, error)
 	// Settle makes sure that the server is one that this replica may use, and begins its epoch. It is called
@@ -147,6 +149,7 @@ func New(config Config) *Feed {
 	config.RingBytes = cmp.Or(config.RingBytes, 64<<20)
 	config.PollInterval = cmp.Or(config.PollInterval, 2*time.Second)
 	config.Logger = cmp.Or(config.Logger, slog.Default())
+	config.Streams = cmp.Or(config.Streams, config.Queries)
 	if config.Guard == nil {
 		config.Guard = func(ctx context.Context, _ string, run func(context.Context)) { run(ctx) }
 	}
@@ -309,7 +312,7 @@ func (c *Cursor) open(ctx context.Context) error {
 	if err := f.awaitDataSet(ctx, c.serverVersion); err != nil {
 		return err
 	}
-	check, err := f.config.Queries.StreamCheck(ctx, db.StreamCheckParams{Type: c.recordType, Version: c.version})
+	check, err := f.config.Streams.StreamCheck(ctx, db.StreamCheckParams{Type: c.recordType, Version: c.version})
 	switch {
 	case err != nil:
 		return fmt.Errorf("check the stream's versions: %w", err)
@@ -337,7 +340,7 @@ func (f *Feed) awaitDataSet(ctx context.Context, serverVersion int64) error {
 			return nil
 		}
 		// Each time anew: the data set that this replica is to catch up with may be replaced before it does.
-		state, err := f.config.Queries.StateGet(ctx)
+		state, err := f.config.Streams.StateGet(ctx)
 		if err != nil {
 			return fmt.Errorf("read the server version: %w", err)
 		}
@@ -475,7 +478,7 @@ func (c *Cursor) readTable(ctx context.Context) (changes []*Change, end bool, er
 	case <-ctx.Done():
 		return nil, false, ctx.Err()
 	}
-	rows, err := c.feed.config.Queries.ChangesAfter(ctx, db.ChangesAfterParams{
+	rows, err := c.feed.config.Streams.ChangesAfter(ctx, db.ChangesAfterParams{
 		Type: c.recordType, After: c.version, AllPayloads: true, PayloadTypes: []string{}, MaxRows: int32(c.page), MaxBytes: maxNextBytes,
 	})
 	if err != nil {

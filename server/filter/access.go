@@ -31,6 +31,8 @@ type Access struct {
 	// Exact says that the records the hint leads to are all matches (by the only one of Fields, with AccessField), so
 	// that the JSONPath need not be evaluated. With AccessNone it says that every record matches.
 	Exact bool
+
+	rest *node // what the JSONPath still has to decide about, if that is not all
 }
 
 // Field says that the text of the payload field at Path is one of Values.
@@ -46,6 +48,15 @@ type Field struct {
 
 // maxFields bounds the candidates offered; nobody has more indexes on a type.
 const maxFields = 16
+
+// Rest returns what has to be decided about each record that a hint of this filter leads to: the filter without the condition
+// that the hint is made from, or all of it.
+func (f *Filter) Rest(a Access) *Filter {
+	if a.rest == nil {
+		return f
+	}
+	return &Filter{root: *a.rest}
+}
 
 // Access returns the best hint for the filter.
 func (f *Filter) Access() Access {
@@ -84,6 +95,11 @@ func accessAll(kids []node) Access {
 		case AccessKeys:
 			if best.Kind != AccessKeys || len(a.IDs)+len(a.Index) < len(best.IDs)+len(best.Index) {
 				best = a
+				best.rest = nil
+				if a.Exact {
+					others := and(slices.Concat(kids[:i], kids[i+1:]))
+					best.rest = &others
+				}
 			}
 		case AccessField:
 			if best.Kind != AccessKeys {
@@ -103,6 +119,7 @@ func accessAny(kids []node) Access {
 		return Access{Kind: AccessKeys, Exact: true}
 	}
 	all := kids[0].access()
+	all.rest = nil
 	all.IDs, all.Index = slices.Clip(all.IDs), slices.Clip(all.Index) // not to append to the filter's own
 	for i := range kids[1:] {
 		a := kids[1+i].access()

@@ -84,6 +84,7 @@ type node struct {
 	kids   []node         // and, or, not (exactly one)
 	path   *step          // field
 	key    string         // field: the path if it was given as one key, see Access
+	keys   string         // field: all keys of the path, to tell one from another
 	values []string       // id, type, field: equals any of these
 	index  []netip.Prefix // index: any of these
 }
@@ -125,6 +126,25 @@ func Parse(s *structpb.Struct) (*Filter, error) {
 		return nil, err
 	}
 	return &Filter{root: root}, nil
+}
+
+// Comparisons returns how many comparisons it takes to evaluate the filter for one record.
+func (f *Filter) Comparisons() int {
+	if f == nil {
+		return 0
+	}
+	return f.root.comparisons()
+}
+
+func (n *node) comparisons() int {
+	count := len(n.values) + len(n.index)
+	if n.op == opField {
+		count *= n.path.readings()
+	}
+	for i := range n.kids {
+		count += n.kids[i].comparisons()
+	}
+	return count
 }
 
 // parser holds what may still be spent.
@@ -311,7 +331,7 @@ func (p *parser) compare(path []string, values ...string) (node, error) {
 	if err := p.spendPath(path, values, steps.readings()); err != nil {
 		return node{}, err
 	}
-	n := node{op: opField, path: steps, values: values}
+	n := node{op: opField, path: steps, keys: strings.Join(path, "\x00"), values: values} // no key has U+0000
 	if len(path) == 1 {
 		n.key = path[0]
 	}
@@ -332,10 +352,39 @@ func join(op op, kids []node) node {
 	if i := slices.IndexFunc(kids, absorbing); i >= 0 {
 		return kids[i]
 	}
+	if op == opOr {
+		kids = merge(kids)
+	}
 	if len(kids) == 1 {
 		return kids[0]
 	}
 	return node{op: op, kids: kids}
+}
+
+// merge makes one condition of those parts of a disjunction that ask the same thing for a value. People and programs write
+// long lists in both ways, and in one condition the path is evaluated once.
+func merge(kids []node) []node {
+	type asked struct {
+		op   op
+		keys string
+	}
+	first := make(map[asked]int)
+	merged := kids[:0]
+	for _, kid := range kids {
+		if kid.op < opID {
+			merged = append(merged, kid)
+			continue
+		}
+		what := asked{kid.op, kid.keys}
+		if i, ok := first[what]; ok {
+			merged[i].values = append(merged[i].values, kid.values...)
+			merged[i].index = append(merged[i].index, kid.index...)
+			continue
+		}
+		first[what] = len(merged)
+		merged = append(merged, kid)
+	}
+	return merged
 }
 
 func not(kid node) node {
@@ -412,17 +461,21 @@ func (f *Filter) IndexValues() []netip.Prefix {
 	if f == nil {
 		return nil
 	}
-	return f.root.indexValues(nil)
-}
-
-func (n node) indexValues(prefixes []netip.Prefix) []netip.Prefix {
-	for _, p := range n.index {
-		if !slices.Contains(prefixes, p) {
+	prefixes, seen := []netip.Prefix(nil), make(map[netip.Prefix]bool)
+	f.root.eachIndex(func(p netip.Prefix) {
+		if !seen[p] {
+			seen[p] = true
 			prefixes = append(prefixes, p)
 		}
-	}
-	for _, kid := range n.kids {
-		prefixes = kid.indexValues(prefixes)
-	}
+	})
 	return prefixes
+}
+
+func (n *node) eachIndex(do func(netip.Prefix)) {
+	for _, p := range n.index {
+		do(p)
+	}
+	for i := range n.kids {
+		n.kids[i].eachIndex(do)
+	}
 }

@@ -453,7 +453,7 @@ func TestAccess(t *testing.T) {
 		{`{"$eq":"x"}`, Access{}},
 	} {
 		got := mustParse(t, c.filter).Access()
-		if diff := cmp.Diff(c.want, got, cmpopts.EquateEmpty(), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); diff != "" {
+		if diff := cmp.Diff(c.want, got, cmpopts.IgnoreUnexported(Access{}), cmpopts.EquateEmpty(), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); diff != "" {
 			t.Errorf("%s (-want +got):\n%s", c.filter, diff)
 		}
 	}
@@ -482,6 +482,46 @@ func TestCandidatesAreBounded(t *testing.T) {
 	}
 	if n := len(mustParse(t, "{"+strings.Join(fields, ",")+"}").Access().Fields); n != maxFields {
 		t.Errorf("%d candidates, want %d", n, maxFields)
+	}
+}
+
+// A condition that leads to the records is not evaluated for each of them again.
+func TestRest(t *testing.T) {
+	for filter, want := range map[string]string{
+		`{"id":"x","a":"y"}`:                                   `{"a":"y"}`,
+		`{"$index":"10.0.0.1","a":"y","b":"z"}`:                `{"a":"y","b":"z"}`,
+		`{"id":["x","y"],"$index":"10.0.0.1"}`:                 `{"id":["x","y"]}`, // the shorter list leads
+		`{"id":{"$or":["x",{"$not":"y"}]},"a":"y"}`:            `{"id":{"$or":["x",{"$not":"y"}]},"a":"y"}`,
+		`{"$or":[{"id":"x","a":"y"},{"id":"z"}]}`:              `{"$or":[{"id":"x","a":"y"},{"id":"z"}]}`,
+		`{"$and":[{"$and":[{"id":"x"},{"a":"y"}]},{"b":"z"}]}`: `{"$and":[{"$and":[{"id":"x"},{"a":"y"}]},{"b":"z"}]}`,
+		`{"a":"x","b":"y"}`:                                    `{"a":"x","b":"y"}`,
+		`{"a":"x"}`:                                            `{"a":"x"}`,
+	} {
+		f := mustParse(t, filter)
+		if got, want := f.Rest(f.Access()).JSONPath(nil), mustParse(t, want).JSONPath(nil); got != want {
+			t.Errorf("%s: %s, want %s", filter, got, want)
+		}
+	}
+}
+
+// What stands beside each other in a disjunction and asks for the same is evaluated once.
+func TestDisjunctionsAreMerged(t *testing.T) {
+	for filter, want := range map[string]string{
+		`{"$or":[{"a":"x"},{"a":"y"},{"b":"z"},{"a":"w"}]}`:            `{"$or":[{"a":["x","y","w"]},{"b":"z"}]}`,
+		`[{"id":"x"},{"id":"y"}]`:                                      `{"id":["x","y"]}`,
+		`{"$or":[{"type":"x"},{"id":"x"},{"type":"y"}]}`:               `{"$or":[{"type":["x","y"]},{"id":"x"}]}`,
+		`{"$or":[{"$index":"10.0.0.1"},{"$index":"10.0.0.2"}]}`:        `{"$index":["10.0.0.1","10.0.0.2"]}`,
+		`{"$or":[{"a":{"b":"x"}},{"a.b":"x"},{"a":{"b":"y"}}]}`:        `{"$or":[{"a":{"b":["x","y"]}},{"a.b":"x"}]}`,
+		`{"$or":[{"$or":[{"a":"x"}]},{"$not":{"a":"x"}},{"a":["y"]}]}`: `{"$or":[{"a":["x","y"]},{"$not":{"a":"x"}}]}`,
+		`{"$and":[{"a":"x"},{"a":"y"}]}`:                               `{"$and":[{"a":"x"},{"a":"y"}]}`, // not these
+	} {
+		if strings.HasPrefix(filter, "[") {
+			filter = `{"$or":` + filter + `}`
+		}
+		got, wanted := mustParse(t, filter), mustParse(t, want)
+		if got.JSONPath(nil) != wanted.JSONPath(nil) || got.Comparisons() != wanted.Comparisons() {
+			t.Errorf("%s: %s, %d comparisons, want %s, %d", filter, got.JSONPath(nil), got.Comparisons(), wanted.JSONPath(nil), wanted.Comparisons())
+		}
 	}
 }
 
