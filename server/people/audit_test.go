@@ -3,14 +3,19 @@ package people
 import (
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/jackc/pgerrcode"
+	"golang.org/x/sync/errgroup"
 	"google.golang.org/protobuf/types/known/emptypb"
 
+	"pgbroker/db/dbtest"
 	"pgbroker/proto/databroker"
 	"pgbroker/proto/session"
 	"pgbroker/server"
+	"pgbroker/server/auth"
 	"pgbroker/server/servertest"
 )
 
@@ -142,5 +147,204 @@ func TestAuditCannotBeDisguised(t *testing.T) {
 	want := []string{"sql session.Session 0 jane x 1", "sql session.Session 1 jane x 1"}
 	if got := audited(t, b); !slices.Equal(got, want) {
 		t.Errorf("the audit has %q, want %q", got, want)
+	}
+}
+
+// TestAuditTellsWhatUpdatesDo: whom a session belongs to, and its end, are in the audit when they change, however that is done;
+// what updates are about, times that move on, is not.
+func TestAuditTellsWhatUpdatesDo(t *testing.T) {
+	t.Parallel()
+	b := servertest.New(t, servertest.Options{Configure: quiet})
+	d, now := b.Database, time.Now().UTC().Truncate(time.Second)
+	d.Exec(t, `ALTER DATABASE `+d.Name+` SET application_name = 'm'`)
+	d.Pool.Reset()
+	later := now.Add(time.Hour)
+	entries := 0
+	expect := func(what string, want ...string) {
+		t.Helper()
+		got := audited(t, b)
+		if !slices.Equal(got[entries:], want) {
+			t.Errorf("%s: the audit has\n%q, want\n%q", what, got[entries:], want)
+		}
+		entries = len(got)
+	}
+	set := func(id, userID string, accessed, expires time.Time) {
+		put(t, b.Replica, record(t, "", id, aSession(id, userID, "okta", now, accessed, expires)))
+	}
+	iso := func(at time.Time) string { return at.Format(time.RFC3339) }
+	set("s", "jane", now, later)
+	set("s", "jane", now.Add(time.Minute), later.Add(time.Hour))
+	d.Exec(t, `UPDATE pgbroker.records SET data = jsonb_set(data, '{accessed_at}', '"2030-01-01T00:00:00Z"')`)
+	expect("use, and a longer life")
+
+	set("s", "mallory", now, later.Add(time.Hour))
+	expect("a request that gives it away", "moved request session.Session s jane mallory pgbroker 1")
+	set("s", "mallory", now, later)
+	expect("a request that shortens it", "shortened request session.Session s mallory "+iso(later)+" pgbroker 1")
+	edit := func(data string) {
+		t.Helper()
+		d.Exec(t, `UPDATE pgbroker.records SET data = data || `+data)
+	}
+	edit(`'{"user_id": "eve"}'`)
+	expect("a statement that gives it away", "moved sql session.Session s mallory eve m 1")
+	edit(`'{"expires_at": "2001-01-01T00:00:00Z"}'`)
+	expect("a statement that ends it", "shortened sql session.Session s eve 2001-01-01T00:00:00Z m 1")
+	edit(`jsonb_build_object('expires_at', '` + iso(later) + `'::text)`)
+	expect("it lives again")
+	d.Exec(t, `INSERT INTO pgbroker.records (type, id, data) VALUES ($1, 's', '{"id": "s", "user_id": "joe"}')
+		ON CONFLICT (type, id) DO UPDATE SET data = records.data || excluded.data`, sessionType)
+	expect("an upsert", "moved sql session.Session s eve joe m 1")
+	d.Exec(t, `UPDATE pgbroker.records SET data = '{"id": "s"}'`)
+	expect("what makes it nobody's", "moved sql session.Session s joe m 1")
+	edit(`jsonb_build_object('user_id', 'jane', 'expires_at', '` + iso(later) + `'::text)`)
+	expect("what makes it somebody's", "moved sql session.Session s jane m 1")
+	d.Exec(t, `UPDATE pgbroker.records SET expires_at = '2001-01-01T00:00:00Z'`)
+	expect("its time alone", "shortened sql session.Session s jane 2001-01-01T00:00:00Z m 1")
+	d.Exec(t, `UPDATE pgbroker.records SET payload = NULL, data = NULL`)
+	expect("an empty payload", "moved sql session.Session s jane m 1", "emptied sql session.Session s jane m 1")
+	put(t, b.Replica, aUser(t, "u", "U"))
+	d.Exec(t, `UPDATE pgbroker.records SET payload = NULL, data = NULL WHERE id = 'u'`)
+	expect("a type that is not audited")
+	d.Exec(t, `TRUNCATE pgbroker.records`)
+	expect("TRUNCATE", "clear session.Session m 1")
+
+	// Another field of expiry is no change of the records, but for those that it ends.
+	set("a", "jane", now.Add(-time.Hour), later)
+	set("b", "jane", now.Add(30*time.Minute), later)
+	d.Exec(t, `SELECT pgbroker.set_expiry('session.Session', 'accessed_at')`)
+	d.Exec(t, `UPDATE pgbroker.records r SET index_fields = r.index_fields, expires_at = pgbroker.parse_time(r.data ->> 'accessed_at')`)
+	expect("another field", "shortened sql session.Session a jane "+iso(now.Add(-time.Hour))+" m 1")
+}
+
+// TestAuditNamesWhoAsked: each line of a request has the key that signed it and the person that its sender names, also where
+// requests of several share a batch.
+func TestAuditNamesWhoAsked(t *testing.T) {
+	t.Parallel()
+	d := dbtest.New(t)
+	keys := map[string]auth.Key{"support": auth.NewKey(), "robot": auth.NewKey()}
+	r := servertest.Start(t, d.ConnString, servertest.Options{Configure: func(c *server.Config) {
+		quiet(c)
+		for name, key := range keys {
+			c.Auth.Keys = append(c.Auth.Keys, auth.NamedKey{Name: name, Secret: key.Secret(), Access: auth.AccessAdmin})
+		}
+	}})
+	now := time.Now()
+	var want []string
+	var calls []func() error
+	for i := range 60 {
+		id := fmt.Sprintf("s-%02d", i)
+		put(t, r, record(t, "", id, aSession(id, "jane", "okta", now, now, now.Add(time.Hour))))
+		name, client := "shared-secret", r.DataBrokerServiceClient
+		if i%3 > 0 {
+			name = []string{"support", "robot"}[i%3-1]
+			client = databroker.NewDataBrokerServiceClient(servertest.Dial(t, r.Address, keys[name].Secret()))
+		}
+		person := ""
+		if i%2 == 0 {
+			person = fmt.Sprintf("Jürgen %d", i)
+		}
+		ctx, err := auth.OnBehalfOf(t.Context(), person)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want = append(want, strings.TrimSpace(strings.Join([]string{"request", id, name, person}, " ")))
+		calls = append(calls, func() error {
+			_, err := client.Put(ctx, &databroker.PutRequest{Records: []*databroker.Record{deletion(sessionType, id)}})
+			return err
+		})
+	}
+	var group errgroup.Group
+	for _, call := range calls {
+		group.Go(call)
+	}
+	if err := group.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	got := column[string](t, d, `SELECT concat_ws(' ', cause, id, key, on_behalf_of) FROM pgbroker.revocations ORDER BY id`)
+	if !slices.Equal(got, want) {
+		t.Errorf("the audit has\n%q, want\n%q", got, want)
+	}
+	put(t, r, record(t, "", "last", aSession("last", "jane", "okta", now, now, now.Add(time.Hour))))
+	ctx, err := auth.OnBehalfOf(t.Context(), "helen")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Clear(ctx, new(emptypb.Empty)); err != nil {
+		t.Fatal(err)
+	}
+	if got := value[string](t, d, `SELECT concat_ws(' ', cause, key, on_behalf_of) FROM pgbroker.revocations WHERE cause = 'clear'`); got != "clear shared-secret helen" {
+		t.Errorf("Clear: the audit has %q", got)
+	}
+	if waits := value[int](t, d, `SELECT count(*) FROM pgbroker.audit WHERE key IS NULL`); waits != 0 {
+		t.Errorf("%d lines name no key", waits)
+	}
+}
+
+// TestAuditCausesAreTheOwnersToGive: neither names, nor settings, nor functions that may be called have a line say anything but
+// sql, and the role of the replicas can change no line and remove none that is not old.
+func TestAuditCausesAreTheOwnersToGive(t *testing.T) {
+	t.Parallel()
+	g := newGuarded(t)
+	g.Exec(t, `DELETE FROM pgbroker.records; TRUNCATE pgbroker.audit`)
+	g.Exec(t, "CREATE SCHEMA evil; GRANT ALL ON SCHEMA evil TO PUBLIC")
+	const denied = pgerrcode.InsufficientPrivilege
+	r := servertest.Start(t, g.ConnString, servertest.Options{Configure: quiet})
+	now := time.Now()
+	n := 0
+	newSession := func() string {
+		n++
+		id := fmt.Sprint("s", n)
+		put(t, r, record(t, "", id, aSession(id, "jane", "okta", now, now, now.Add(time.Hour))))
+		return id
+	}
+	forge := func(v *visitor, table string) {
+		v.try(`SET application_name = 'write_records('`)
+		for _, name := range []string{"expire_records", "end_records", "write_records", "end_idle_records", "evict_records"} {
+			sql := `DELETE FROM pgbroker.` + table + ` WHERE id = '` + newSession() + `'`
+			v.expect(t, "", `DO $$ BEGIN /* `+name+`( PL/pgSQL function pgbroker.`+name+`( */ `+sql+`; END $$`)
+			sql = `DELETE FROM pgbroker.` + table + ` WHERE id = '` + newSession() + `'`
+			v.expect(t, "", `CREATE FUNCTION pg_temp.`+name+`() RETURNS void LANGUAGE plpgsql AS $f$ BEGIN `+sql+`; END $f$`,
+				`SELECT pg_temp.`+name+`()`, `DROP FUNCTION pg_temp.`+name+`()`)
+		}
+		v.expect(t, "", `SELECT pgbroker.revoke_session('`+newSession()+`')`)
+	}
+	forge(g.visit(t, g.revoker), "sessions")
+	forge(g.visit(t, g.writer), "records")
+	server := g.visit(t, g.server)
+	forge(server, "records")
+	if got := column[string](t, g.Database, `SELECT DISTINCT cause FROM pgbroker.audit`); !slices.Equal(got, []string{"sql"}) {
+		t.Errorf("causes %q, want sql alone", got)
+	}
+	if got := value[int](t, g.Database, `SELECT count(*) FROM pgbroker.audit`); got != n {
+		t.Errorf("%d lines of %d sessions", got, n)
+	}
+	if left := value[int](t, g.Database, `SELECT count(*) FROM pgbroker.sessions`); left != 0 {
+		t.Errorf("%d sessions are left", left)
+	}
+
+	id := newSession()
+	version := fmt.Sprintf(`ARRAY(SELECT version FROM pgbroker.records WHERE id = '%s')`, id)
+	server.expect(t, "", `SELECT pgbroker.end_idle_records('`+sessionType+`', '{`+id+`}', `+version+`)`,
+		`SELECT pgbroker.end_excess_records('`+sessionType+`', '{`+id+`}', `+version+`)`, `SELECT pgbroker.expire_records(100)`,
+		`SELECT pgbroker.expire_by_ttl('`+sessionType+`', 100)`)
+	if !value[bool](t, g.Database, `SELECT EXISTS (SELECT FROM pgbroker.sessions WHERE id = $1)`, id) {
+		t.Error("a session that was not due has ended")
+	}
+	for _, v := range []*visitor{server, g.visit(t, g.writer), g.visit(t, g.revoker), g.visit(t, g.reader)} {
+		v.expect(t, denied,
+			`SELECT pgbroker.end_records('idle', '{t}', '{i}', '{1}')`, `SELECT pgbroker.evict_records('{t}')`,
+			`SELECT pgbroker.name_requests(0, '{t}', '{i}', '{0}', '{k}', '{p}')`,
+			`INSERT INTO pgbroker.audit (cause, type) VALUES ('request', 't')`, `UPDATE pgbroker.audit SET cause = 'expiry'`,
+			`DELETE FROM pgbroker.audit`, `DELETE FROM pgbroker.revocations`, `TRUNCATE pgbroker.audit`,
+			`UPDATE pgbroker.record_types SET audited = false`, `SELECT pgbroker.set_audited('session.Session', false)`,
+			`INSERT INTO pgbroker.record_types (type, audited) VALUES ('t', false) ON CONFLICT (type) DO UPDATE SET audited = false`,
+			`DELETE FROM pgbroker.record_types`, `DELETE FROM pgbroker.changes`, `SELECT setval('pgbroker.audit_number_seq', 1)`,
+			`CREATE TRIGGER t AFTER DELETE ON pgbroker.records FOR EACH ROW EXECUTE FUNCTION pgbroker.audit_update()`)
+	}
+	server.expect(t, pgerrcode.InvalidParameterValue, `SELECT pgbroker.purge_audit(1000, '23 hours')`, `SELECT pgbroker.purge_audit(1000, '-1 day')`,
+		`SELECT pgbroker.purge_audit(1000, NULL)`)
+	server.expect(t, "", `SELECT pgbroker.purge_audit(1000, '1 day')`)
+	if got := value[int](t, g.Database, `SELECT count(*) FROM pgbroker.audit`); got != n-1 {
+		t.Errorf("%d lines are left of %d", got, n-1)
 	}
 }
