@@ -70,7 +70,7 @@ func (a *app) connect(cfg *configuration) (*client, error) {
 	options := []grpc.DialOption{
 		grpc.WithTransportCredentials(transport),
 		grpc.WithUserAgent("pgbroker/" + version()),
-		grpc.WithUnaryInterceptor(a.limit),
+		grpc.WithChainUnaryInterceptor(a.limit, a.sayWho),
 		// Whatever the server stored must be readable here.
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(math.MaxInt32), grpc.MaxCallSendMsgSize(math.MaxInt32)),
 	}

@@ -231,6 +231,7 @@ type URL, and google.protobuf.Struct (any JSON object) otherwise; --payload-type
 	name.addFlags(cmd)
 	addPayloadFlags(cmd, &data, &payloadType)
 	a.addOutputFlag(cmd)
+	a.addPersonFlag(cmd)
 	a.addClientFlags(cmd)
 	return cmd
 }
@@ -286,6 +287,7 @@ payload does not have is cleared. Fields are named as in the proto file (user_id
 	cmd.Flags().StringSliceVarP(&mask, "mask", "m", nil, "fields to overwrite, separated by commas")
 	must(cmd.MarkFlagRequired("mask"))
 	a.addOutputFlag(cmd)
+	a.addPersonFlag(cmd)
 	a.addClientFlags(cmd)
 	return cmd
 }
@@ -341,6 +343,7 @@ not exist, the others are deleted and the exit code is that for "not found".
 	must(cmd.MarkFlagRequired("type"))
 	must(cmd.MarkFlagRequired("id"))
 	a.addOutputFlag(cmd)
+	a.addPersonFlag(cmd)
 	a.addClientFlags(cmd)
 	return cmd
 }

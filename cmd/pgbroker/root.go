@@ -78,6 +78,7 @@ type app struct {
 	environ        []string
 
 	output  string
+	as      string // the person behind the requests, if another one than is logged in
 	timeout time.Duration
 	secrets bool
 	started bool // the command line was understood; errors from here on are not about usage

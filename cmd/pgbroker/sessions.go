@@ -400,7 +400,7 @@ func (a *app) sessionsRevokeCommand() *cobra.Command {
 		Long: `Revoke the sessions with the given ids, or those that the filters choose, and show them. To revoke more than one it asks,
 unless --yes is given. Every proxy hears of it at once. When some of the ids do not exist, the others are revoked and the exit
 code is that for "not found". When the filters choose none, it has an exit code of its own. When it is interrupted, it ends the
-request that is under way, and says what was revoked and what was not. ` + dashHelp,
+request that is under way, and says what was revoked and what was not. The audit names whoever runs it. ` + dashHelp,
 		Example: `  pgbroker sessions revoke 4fb2
   pgbroker sessions revoke --user jane --except 4fb2
   pgbroker sessions revoke --idle-for 30d --yes`,
@@ -464,6 +464,7 @@ request that is under way, and says what was revoked and what was not. ` + dashH
 	}
 	filter.addFlags(cmd)
 	cmd.Flags().BoolVar(&yes, "yes", false, "do not ask")
+	a.addPersonFlag(cmd)
 	a.addOutputFlag(cmd)
 	a.addClientFlags(cmd)
 	return cmd

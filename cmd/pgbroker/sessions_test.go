@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"os/user"
 	"regexp"
 	"slices"
 	"strings"
@@ -487,5 +488,35 @@ func TestMigrateGrants(t *testing.T) {
 	}
 	if r := try(t, []string{"PGBROKER_DATABASE_URL=" + d.ConnString}, "migrate", "grants"); r.code != exitUsage {
 		t.Errorf("without roles: %+v", r)
+	}
+}
+
+// The audit has who runs the program: --as, else whoever is logged in; and the key that its requests are signed with.
+func TestSessionsRevokeSaysWho(t *testing.T) {
+	t.Parallel()
+	b, env := startWithSessions(t)
+	mustTry(t, env, "sessions", "revoke", "jane-new", "--as", "Jürgen (on call)")
+	mustTry(t, env, "sessions", "revoke", "jane-old")
+	mustTry(t, append(env, "SUDO_USER=helen"), "sessions", "revoke", "joe")
+	for _, name := range []string{" ", "a\nb", strings.Repeat("x", 201)} {
+		if r := try(t, env, "sessions", "revoke", "joe", "--as", name); r.code != exitUsage || !strings.Contains(r.stderr, "--as") {
+			t.Errorf("--as %q: exit code %d, %s", name, r.code, r.stderr)
+		}
+	}
+	me, err := user.Current()
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows, err := b.Database.Pool.Query(t.Context(), `SELECT concat_ws(' ', id, cause, key, on_behalf_of) FROM pgbroker.revocations ORDER BY number`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"jane-new request shared-secret Jürgen (on call)", "jane-old request shared-secret " + me.Username, "joe request shared-secret helen"}
+	if !slices.Equal(got, want) {
+		t.Errorf("the audit has\n%q, want\n%q", got, want)
 	}
 }
