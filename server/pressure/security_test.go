@@ -371,8 +371,8 @@ func TestTheServersLogHoldsNoTokens(t *testing.T) {
 		sql       string
 		arguments []any
 	}{
-		{"INSERT INTO pgbroker.records (type, id, payload) VALUES ('t', NULL, '" + secret + "')", nil},     // in the text, and in the row
-		{"INSERT INTO pgbroker.records (type, id, payload) VALUES ('t', NULL, $1)", []any{[]byte(secret)}}, // in a parameter, and in the row
+		{"INSERT INTO pgbroker.records (type, id, payload) VALUES ('t', NULL, '" + secret + "')", nil}, // in the text, and in the row
+		{"INSERT INTO pgbroker.records (type, id) VALUES (NULL, $1)", []any{secret}},                   // in a parameter, and in the row
 		{"INSERT INTO pgbroker.records (type, id, data) VALUES ('type.googleapis.com/session.Session', 'a', $1)", []any{`{"id": "` + secret + `", "id_token": {"raw": 7}}`}},
 	} {
 		if _, err := conn.Exec(t.Context(), statement.sql, statement.arguments...); err == nil {
