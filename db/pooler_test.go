@@ -248,11 +248,11 @@ func TestPoolerFaults(t *testing.T) {
 func TestPoolerSettings(t *testing.T) {
 	forEachPooler(t, func(t *testing.T, p *dbtest.Database, b *dbtest.PgBouncer) {
 		database := pgx.Identifier{p.Name}.Sanitize()
-		p.Exec(t, "CREATE ACCESS METHOD columnar TYPE TABLE HANDLER heap_tableam_handler")
+		p.AdminExec(t, "CREATE ACCESS METHOD columnar TYPE TABLE HANDLER heap_tableam_handler")
 		names, want := []string{"transaction_isolation"}, []string{"read committed"}
 		for _, s := range db.Settings(db.Config{}) {
 			if s.Name != "exit_on_error" { // a pooler does not survive that
-				p.Exec(t, fmt.Sprintf("ALTER DATABASE %s SET %s = '%s'", database, s.Name, contrary[s.Name]))
+				p.AdminExec(t, fmt.Sprintf("ALTER DATABASE %s SET %s = '%s'", database, s.Name, contrary[s.Name]))
 			}
 			names, want = append(names, s.Name), append(want, s.Value)
 		}

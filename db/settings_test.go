@@ -29,10 +29,10 @@ func TestSessionsHaveOurSettings(t *testing.T) {
 	t.Parallel()
 	p := dbtest.NewEmpty(t)
 	role := "settings_" + strings.ToLower(t.Name()) + fmt.Sprint(p.Connect(t).PgConn().PID())
-	p.Exec(t, "CREATE ROLE "+role+" LOGIN SUPERUSER PASSWORD 'settings'")
-	t.Cleanup(func() { p.Exec(t, "DROP ROLE "+role) })
+	p.AdminExec(t, "CREATE ROLE "+role+" LOGIN SUPERUSER PASSWORD 'settings'")
+	t.Cleanup(func() { p.AdminExec(t, "DROP ROLE "+role) })
 	database := p.Config(t).Database
-	p.Exec(t, "CREATE ACCESS METHOD columnar TYPE TABLE HANDLER heap_tableam_handler")
+	p.AdminExec(t, "CREATE ACCESS METHOD columnar TYPE TABLE HANDLER heap_tableam_handler")
 	for i, s := range db.Settings(db.Config{}) {
 		value, ok := contrary[s.Name]
 		if !ok {
@@ -42,7 +42,7 @@ func TestSessionsHaveOurSettings(t *testing.T) {
 		if i%2 == 0 {
 			where = "DATABASE " + pgx.Identifier{database}.Sanitize()
 		}
-		p.Exec(t, fmt.Sprintf("ALTER %s SET %s = '%s'", where, s.Name, value))
+		p.AdminExec(t, fmt.Sprintf("ALTER %s SET %s = '%s'", where, s.Name, value))
 	}
 
 	cfg := p.Config(t)
@@ -93,7 +93,7 @@ func TestSessionsHaveOurSettings(t *testing.T) {
 func TestSessionsWithoutTriggersAreRefused(t *testing.T) {
 	t.Parallel()
 	p := dbtest.NewEmpty(t)
-	p.Exec(t, fmt.Sprintf("ALTER DATABASE %s SET session_replication_role = replica", pgx.Identifier{p.Config(t).Database}.Sanitize()))
+	p.AdminExec(t, fmt.Sprintf("ALTER DATABASE %s SET session_replication_role = replica", pgx.Identifier{p.Config(t).Database}.Sanitize()))
 	d, _ := open(t, db.Config{ConnString: p.ConnString})
 	_, pooled := d.Exec(t.Context(), "SELECT 1")
 	_, listener := d.Listen(t.Context())

@@ -473,13 +473,19 @@ func (r *runner) version() (uint, bool, error) {
 }
 
 // removeVersionTable removes what is left when every migration is reverted.
-// The schema stays if somebody has put something of theirs into it.
+// The schema stays if somebody has put something of theirs into it, and where
+// it could not be created again: somebody has made it for this role.
 func (r *runner) removeVersionTable(ctx context.Context) error {
 	// The driver keeps the only connection, so the statements go through it.
 	if err := r.driver.exec("DROP TABLE " + versionIdentifier); err != nil {
 		return fmt.Errorf("migrations: remove the version table: %w", err)
 	}
-	err := r.driver.exec("DROP SCHEMA " + schema)
+	err := r.driver.exec(fmt.Sprintf(`DO $$
+		BEGIN
+			IF has_database_privilege(current_database(), 'CREATE') THEN
+				DROP SCHEMA %s;
+			END IF;
+		END $$`, schema))
 	var pgErr *pgconn.PgError
 	if errors.As(err, &pgErr) && pgErr.Code == pgerrcode.DependentObjectsStillExist {
 		return nil

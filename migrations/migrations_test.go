@@ -152,6 +152,50 @@ func TestUpDownUp(t *testing.T) {
 	}
 }
 
+// TestWhoMigrates: an ordinary owner of the database, one of the schema who may create none, and a superuser end with the same,
+// also where functions are for nobody unless it is said.
+func TestWhoMigrates(t *testing.T) {
+	t.Parallel()
+	made := make(map[string][]string)
+	for name, c := range map[string]struct {
+		prepare   string // as the superuser
+		superuser bool
+	}{
+		"owner of the database": {},
+		"superuser":             {superuser: true},
+		"owner of the schema": {prepare: `
+			ALTER DATABASE %s OWNER TO CURRENT_USER; REVOKE ALL ON DATABASE %[1]s FROM PUBLIC; GRANT CONNECT ON DATABASE %[1]s TO %[2]s;
+			REVOKE CREATE ON SCHEMA public FROM PUBLIC; CREATE SCHEMA pgbroker AUTHORIZATION %[2]s`},
+		"default privileges": {prepare: `ALTER DEFAULT PRIVILEGES FOR ROLE %[2]s REVOKE EXECUTE ON FUNCTIONS FROM PUBLIC`},
+	} {
+		d := dbtest.NewEmpty(t)
+		ctx, cfg := t.Context(), d.Config(t)
+		if c.prepare != "" {
+			d.AdminExec(t, fmt.Sprintf(c.prepare, d.Name, dbtest.OwnerRole))
+		}
+		if c.superuser {
+			var err error
+			if cfg, err = pgx.ParseConfig(d.AdminConnString); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for range 2 { // down and up again
+			if err := migrations.Up(ctx, cfg); err != nil {
+				t.Fatalf("%s: up: %v", name, err)
+			}
+			made[name] = objects(t, d)
+			if err := migrations.Down(ctx, cfg, int(migrations.Latest())); err != nil {
+				t.Fatalf("%s: down: %v", name, err)
+			}
+		}
+	}
+	for name, got := range made {
+		if diff := cmp.Diff(made["superuser"], got); diff != "" {
+			t.Errorf("%s: not what a superuser has made (-superuser +this):\n%s", name, diff)
+		}
+	}
+}
+
 // One step down and up again, for each migration: each down undoes its up.
 func TestEachStep(t *testing.T) {
 	t.Parallel()
@@ -601,20 +645,16 @@ func TestSeveralHosts(t *testing.T) {
 func TestCheckNeedsLittle(t *testing.T) {
 	t.Parallel()
 	d := dbtest.New(t)
-	role := "reader_" + strings.ToLower(d.Name)
-	d.Exec(t, "CREATE ROLE "+role+" LOGIN")
-	t.Cleanup(func() {
-		// Runs before the database is dropped, and roles belong to the server.
-		d.Exec(t, "DROP OWNED BY "+role+"; DROP ROLE "+role)
-	})
-	d.Exec(t, "GRANT USAGE ON SCHEMA pgbroker TO "+role+"; GRANT SELECT ON pgbroker.schema_migrations TO "+role)
-	cfg := d.Config(t)
-	cfg.RuntimeParams["role"] = role
+	d.Exec(t, "GRANT SELECT ON pgbroker.schema_migrations TO "+dbtest.ReaderRole)
+	cfg, err := pgx.ParseConfig(d.As(t, dbtest.ReaderRole))
+	if err != nil {
+		t.Fatal(err)
+	}
 	if _, err := migrations.Check(t.Context(), cfg); err != nil {
 		t.Error(err)
 	}
 	// One without any right is told so.
-	d.Exec(t, "REVOKE ALL ON pgbroker.schema_migrations FROM "+role)
+	d.Exec(t, "REVOKE ALL ON pgbroker.schema_migrations FROM "+dbtest.ReaderRole)
 	if _, err := migrations.Check(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "permission denied") {
 		t.Errorf("got %v, want that permission is denied", err)
 	}

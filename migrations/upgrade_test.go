@@ -3,7 +3,6 @@ package migrations_test
 import (
 	"context"
 	"fmt"
-	"strings"
 	"testing"
 	"testing/fstest"
 
@@ -57,12 +56,8 @@ func TestUpBeneathReplicas(t *testing.T) {
 	if err := migrations.Up(ctx, d.Config(t)); err != nil {
 		t.Fatal(err)
 	}
-	role := "replica_" + strings.ToLower(d.Name)
-	d.Exec(t, get[string](t, d, "SELECT string_agg(s, ' ') FROM pgbroker.grants(NULL, NULL, $1) AS s", role))
-	t.Cleanup(func() { d.Exec(t, "DROP OWNED BY "+role+"; DROP ROLE "+role) })
-	cfg := d.Config(t)
-	cfg.RuntimeParams["role"] = role
-	conn, err := pgx.ConnectConfig(ctx, cfg)
+	d.Exec(t, get[string](t, d, "SELECT string_agg(s, ' ') FROM pgbroker.grants(NULL, NULL, $1) AS s", dbtest.ServerRole))
+	conn, err := pgx.Connect(ctx, d.ServerConnString)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -22,7 +22,7 @@ func TestI2_AcknowledgedWritesSurviveTheKillOfAReplica(t *testing.T) {
 	t.Parallel()
 	program := buildProgram(t)
 	database := dbtest.New(t)
-	survivor := servertest.Start(t, database.ConnString, servertest.Options{})
+	survivor := servertest.Start(t, database.ServerConnString, servertest.Options{})
 	address := freeAddress(t)
 	var log bytes.Buffer
 	victim := exec.CommandContext(t.Context(), program, "serve", "--address", address)

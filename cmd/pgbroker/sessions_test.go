@@ -467,9 +467,18 @@ func TestMigrateGrants(t *testing.T) {
 	t.Parallel()
 	d := dbtest.New(t)
 	reader := `it's "quoted"; ` + d.Name
-	out := mustTry(t, []string{"PGBROKER_DATABASE_URL=" + d.ConnString}, "migrate", "grants", "--reader", reader)
+	create := `CREATE ROLE "it's ""quoted""; ` + d.Name + `" LOGIN;`
+	// Who may create no roles is told what to have created.
+	if r := try(t, []string{"PGBROKER_DATABASE_URL=" + d.ConnString}, "migrate", "grants", "--reader", reader); r.code != exitFailure ||
+		!strings.Contains(r.stderr, create) {
+		t.Errorf("without the role: %d %s", r.code, r.stderr)
+	}
+	out := mustTry(t, []string{"PGBROKER_DATABASE_URL=" + d.AdminConnString}, "migrate", "grants", "--reader", reader)
+	if !strings.Contains(out, create) {
+		t.Errorf("the role is not created:\n%s", out)
+	}
 	for range 2 {
-		d.Exec(t, out)
+		d.AdminExec(t, out)
 		out = mustTry(t, []string{"PGBROKER_DATABASE_URL=" + d.ConnString}, "migrate", "grants", "--reader", reader)
 		if strings.Contains(out, "CREATE ROLE") {
 			t.Errorf("the role is there already:\n%s", out)
@@ -477,9 +486,7 @@ func TestMigrateGrants(t *testing.T) {
 	}
 	t.Cleanup(func() {
 		role := pgx.Identifier{reader}.Sanitize()
-		if _, err := d.Connect(t).Exec(context.Background(), "DROP OWNED BY "+role+"; DROP ROLE "+role); err != nil {
-			t.Error(err)
-		}
+		d.AdminExec(t, "DROP OWNED BY "+role+"; DROP ROLE "+role)
 	})
 	var may, mayNot bool
 	if err := d.Pool.QueryRow(t.Context(), `SELECT has_table_privilege($1, 'pgbroker.sessions', 'SELECT'), has_any_column_privilege($1, 'pgbroker.records', 'SELECT')`,

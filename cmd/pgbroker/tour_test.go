@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"go/parser"
@@ -387,26 +386,17 @@ func TestReadmePomerium(t *testing.T) {
 func TestReadmeRoles(t *testing.T) {
 	t.Parallel()
 	database := dbtest.New(t)
-	role := "pgbroker_app_" + database.Name // roles belong to the whole server
+	// Roles belong to the whole server.
+	role, support, oncall := "pgbroker_app_"+database.Name, "support_"+database.Name, "oncall_"+database.Name
+	for _, name := range []string{role, support, oncall} {
+		database.Role(t, name)
+	}
 	for _, block := range readmeBlocks(t, "roles") {
 		command, _, _ := strings.Cut(block.text, " | ")
-		args := strings.Fields(strings.NewReplacer(
-			"pgbroker_app", role, "support", "support_"+database.Name, "oncall", "oncall_"+database.Name).Replace(command))
+		args := strings.Fields(strings.NewReplacer("pgbroker_app", role, "support", support, "oncall", oncall).Replace(command))
 		database.Exec(t, mustTry(t, []string{"PGBROKER_DATABASE_URL=" + database.ConnString}, args[1:]...))
 	}
-	t.Cleanup(func() {
-		for _, name := range []string{role, "support_" + database.Name, "oncall_" + database.Name} {
-			if _, err := database.Connect(t).Exec(context.Background(), "DROP OWNED BY "+name+"; DROP ROLE "+name); err != nil {
-				t.Errorf("drop the role: %v", err)
-			}
-		}
-	})
-	// Whoever the tests log in as, this is whose privileges count.
-	separator := " "
-	if strings.Contains(database.ConnString, "://") {
-		separator = "&"
-	}
-	replica := servertest.Start(t, database.ConnString+separator+"role="+role, servertest.Options{})
+	replica := servertest.Start(t, database.As(t, role), servertest.Options{})
 
 	ctx := t.Context()
 	record := &databroker.Record{Type: "example.com/Thing", Id: "1"}

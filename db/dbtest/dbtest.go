@@ -2,10 +2,16 @@
 // server of its own.
 //
 // The server for databases is named by the environment variable
-// TEST_DATABASE_URL, whose user must be allowed to create databases. This
-// starts one for the time of a command:
+// TEST_DATABASE_URL, whose user must be a superuser. This starts one for the
+// time of a command:
 //
 //	go run ./db/dbtest/withpostgres -- go test ./...
+//
+// Tests are no superuser, because nobody who installs pgbroker has to be one:
+// each database belongs to OwnerRole, which can do nothing beyond it and runs
+// the migrations, and ServerRole, ReaderRole and WriterRole have what `pgbroker
+// migrate grants` gives. What really takes an administrator goes through the
+// methods named after one.
 //
 // Databases rather than schemas or transactions: NOTIFY channels, advisory
 // locks and pg_stat_activity are per database, and the order of commits is
@@ -47,11 +53,23 @@ const (
 	patience = 2 * time.Minute
 )
 
+// The roles of all databases of the server that tests use. None of them may
+// create roles or databases. They have the password Password, where one is asked
+// for.
+const (
+	OwnerRole  = "pgbroker_test_owner"
+	ServerRole = "pgbroker_test_server"
+	ReaderRole = "pgbroker_test_reader"
+	WriterRole = "pgbroker_test_writer"
+)
+
 // Database is a private database of one test.
 type Database struct {
-	Name       string
-	ConnString string        // as the tests' user, who may do anything
-	Pool       *pgxpool.Pool // a small pool, closed when the test ends
+	Name             string
+	ConnString       string        // as OwnerRole
+	ServerConnString string        // as ServerRole, as which replicas connect; it has no rights in a database of NewEmpty
+	AdminConnString  string        // as the superuser of the server
+	Pool             *pgxpool.Pool // a small pool of ConnString, closed when the test ends
 }
 
 // New returns a new database with the current schema, cloned from a template.
@@ -81,19 +99,23 @@ func create(t testing.TB, template func(context.Context, *pgx.Conn) (string, err
 	}
 	defer admin.Close(ctx)
 	dropLeftoversOnce.Do(func() { dropLeftovers(ctx, admin) })
+	if err := createRoles(ctx, admin); err != nil {
+		t.Fatalf("dbtest: create the roles: %v", err)
+	}
 	from, err := template(ctx, admin)
 	if err != nil {
 		t.Fatalf("dbtest: prepare the template: %v", err)
 	}
 
 	d := &Database{Name: databasePrefix + strconv.FormatInt(time.Now().Unix(), 10) + "_" + strings.ToLower(rand.Text()[:12])}
-	_, err = admin.Exec(ctx, fmt.Sprintf("CREATE DATABASE %s TEMPLATE %s", quote(d.Name), quote(from)))
+	_, err = admin.Exec(ctx, fmt.Sprintf("CREATE DATABASE %s TEMPLATE %s OWNER %s", quote(d.Name), quote(from), OwnerRole))
 	if err != nil {
 		t.Fatalf("dbtest: create a database: %v", err)
 	}
-	d.ConnString, err = withDatabase(server, d.Name)
-	if err != nil {
-		t.Fatalf("dbtest: %v", err)
+	for connString, role := range map[*string]string{&d.ConnString: OwnerRole, &d.ServerConnString: ServerRole, &d.AdminConnString: ""} {
+		if *connString, err = with(server, d.Name, role); err != nil {
+			t.Fatalf("dbtest: %v", err)
+		}
 	}
 	cfg, err := pgxpool.ParseConfig(d.ConnString)
 	if err != nil {
@@ -122,8 +144,53 @@ func create(t testing.TB, template func(context.Context, *pgx.Conn) (string, err
 	return d
 }
 
-// Config returns the configuration of a connection to the database, for
-// package migrations and the like.
+// As returns a connection string of the database for another role, one of the
+// roles above or of Role.
+func (d *Database) As(t testing.TB, role string) string {
+	t.Helper()
+	connString, err := with(d.AdminConnString, d.Name, role)
+	if err != nil {
+		t.Fatalf("dbtest: %v", err)
+	}
+	return connString
+}
+
+// Role creates a role that may log in and nothing else, with the password
+// Password. It is dropped when the test ends, with all that it owns here. Roles
+// belong to the whole server, so that names have to be the test's own.
+func (d *Database) Role(t testing.TB, name string) {
+	t.Helper()
+	name = quote(name)
+	d.AdminExec(t, "DROP ROLE IF EXISTS "+name) // left by a test that was killed
+	d.AdminExec(t, "CREATE ROLE "+name+" LOGIN PASSWORD '"+Password+"'")
+	t.Cleanup(func() { d.AdminExec(t, "DROP OWNED BY "+name+" CASCADE; DROP ROLE "+name) })
+}
+
+// AdminExec runs statements as the superuser of the server, in the database,
+// and fails the test if they fail.
+func (d *Database) AdminExec(t testing.TB, sql string, args ...any) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	admin, err := pgx.Connect(ctx, d.AdminConnString)
+	if err != nil {
+		t.Fatalf("dbtest: %v", err)
+	}
+	defer admin.Close(ctx)
+	if _, err := admin.Exec(ctx, sql, args...); err != nil {
+		t.Fatalf("%s: %v", sql, err)
+	}
+}
+
+// Admin opens a connection to the database as the superuser of the server,
+// which is closed when the test ends.
+func (d *Database) Admin(t testing.TB) *pgx.Conn {
+	t.Helper()
+	return connect(t, d.AdminConnString)
+}
+
+// Config returns the configuration of a connection to the database as its
+// owner, for package migrations and the like.
 func (d *Database) Config(t testing.TB) *pgx.ConnConfig {
 	t.Helper()
 	cfg, err := pgx.ParseConfig(d.ConnString)
@@ -133,11 +200,16 @@ func (d *Database) Config(t testing.TB) *pgx.ConnConfig {
 	return cfg
 }
 
-// Connect opens a connection to the database, outside of the pool, that is
-// closed when the test ends.
+// Connect opens a connection to the database as its owner, outside of the pool,
+// that is closed when the test ends.
 func (d *Database) Connect(t testing.TB) *pgx.Conn {
 	t.Helper()
-	conn, err := pgx.Connect(context.Background(), d.ConnString)
+	return connect(t, d.ConnString)
+}
+
+func connect(t testing.TB, connString string) *pgx.Conn {
+	t.Helper()
+	conn, err := pgx.Connect(context.Background(), connString)
 	if err != nil {
 		t.Fatalf("dbtest: %v", err)
 	}
@@ -145,7 +217,18 @@ func (d *Database) Connect(t testing.TB) *pgx.Conn {
 	return conn
 }
 
-// Exec runs statements and fails the test if they fail.
+// Grant gives the roles what they need in a database that the test has migrated
+// itself, as `pgbroker migrate grants` does.
+func (d *Database) Grant(t testing.TB) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	if err := grant(ctx, d.Config(t)); err != nil {
+		t.Fatalf("dbtest: grant: %v", err)
+	}
+}
+
+// Exec runs statements as the owner and fails the test if they fail.
 func (d *Database) Exec(t testing.TB, sql string, args ...any) {
 	t.Helper()
 	if _, err := d.Pool.Exec(context.Background(), sql, args...); err != nil {
@@ -153,13 +236,17 @@ func (d *Database) Exec(t testing.TB, sql string, args ...any) {
 	}
 }
 
-// TerminateBackends ends all other sessions of the database, as a failing
-// server or an operator would, and returns how many there were. Sessions with
-// another application_name than the given one are spared, unless it is empty.
+// TerminateBackends ends all sessions of the database, as a failing server or
+// an operator would, and returns how many there were, those of the pool left
+// out. Sessions with another application_name than the given one are spared,
+// unless it is empty.
 func (d *Database) TerminateBackends(t testing.TB, applicationName string) int {
 	t.Helper()
+	admin := d.Admin(t)
+	defer admin.Close(context.Background())
+	d.Pool.Reset() // what is not in use comes back as a new session
 	var n int
-	err := d.Pool.QueryRow(context.Background(), `
+	err := admin.QueryRow(context.Background(), `
 		SELECT count(pg_terminate_backend(pid, 10000)) FROM pg_stat_activity
 		WHERE datname = current_database() AND pid <> pg_backend_pid() AND ($1 = '' OR application_name = $1)`,
 		applicationName).Scan(&n)
@@ -227,12 +314,15 @@ func buildTemplate(ctx context.Context, admin *pgx.Conn, name string) error {
 	if _, err := admin.Exec(ctx, fmt.Sprintf("DROP DATABASE IF EXISTS %s WITH (FORCE)", quote(name))); err != nil {
 		return err
 	}
-	if _, err := admin.Exec(ctx, fmt.Sprintf("CREATE DATABASE %s TEMPLATE template0", quote(name))); err != nil {
+	if _, err := admin.Exec(ctx, fmt.Sprintf("CREATE DATABASE %s TEMPLATE template0 OWNER %s", quote(name), OwnerRole)); err != nil {
 		return err
 	}
 	cfg := admin.Config()
-	cfg.Database = name
+	cfg.Database, cfg.User, cfg.Password = name, OwnerRole, Password
 	if err := migrations.Up(ctx, cfg); err != nil {
+		return err
+	}
+	if err := grant(ctx, cfg); err != nil {
 		return err
 	}
 	// A database with a session in it cannot be cloned; so nobody gets in.
@@ -244,6 +334,65 @@ func buildTemplate(ctx context.Context, admin *pgx.Conn, name string) error {
 			return err
 		}
 	}
+	return nil
+}
+
+// grant gives the roles what they need, as `pgbroker migrate grants` does.
+func grant(ctx context.Context, owner *pgx.ConnConfig) error {
+	conn, err := pgx.ConnectConfig(ctx, owner)
+	if err != nil {
+		return err
+	}
+	defer conn.Close(ctx)
+	rows, err := conn.Query(ctx, "SELECT pgbroker.grants($1, $2, $3)", ReaderRole, WriterRole, ServerRole)
+	if err != nil {
+		return err
+	}
+	statements, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return err
+	}
+	_, err = conn.Exec(ctx, strings.Join(statements, "\n"))
+	return err
+}
+
+// rolesOnce spares the tests of one process the look at the roles.
+var rolesOnce struct {
+	sync.Mutex
+	done bool
+}
+
+// createRoles creates the roles that are missing, under a lock of the server.
+func createRoles(ctx context.Context, admin *pgx.Conn) error {
+	rolesOnce.Lock()
+	defer rolesOnce.Unlock()
+	if rolesOnce.done {
+		return nil
+	}
+	tx, err := admin.Begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = tx.Rollback(ctx) }()
+	if _, err := tx.Exec(ctx, "SELECT pg_advisory_xact_lock(hashtextextended('pgbroker test roles', 0))"); err != nil {
+		return err
+	}
+	for _, role := range []string{OwnerRole, ServerRole, ReaderRole, WriterRole} {
+		var exists bool
+		if err := tx.QueryRow(ctx, "SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1)", role).Scan(&exists); err != nil {
+			return err
+		}
+		if exists {
+			continue
+		}
+		if _, err := tx.Exec(ctx, "CREATE ROLE "+role+" LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE PASSWORD '"+Password+"'"); err != nil {
+			return err
+		}
+	}
+	if err := tx.Commit(ctx); err != nil {
+		return err
+	}
+	rolesOnce.done = true
 	return nil
 }
 
@@ -286,11 +435,15 @@ func drop(server, name string) error {
 
 func quote(name string) string { return pgx.Identifier{name}.Sanitize() }
 
-// withDatabase returns a connection string for another database of the same
-// server.
-func withDatabase(connString, database string) (string, error) {
+// with returns a connection string for another database of the same server,
+// and for another role; "" is the same role.
+func with(connString, database, role string) (string, error) {
 	if !strings.HasPrefix(connString, "postgres://") && !strings.HasPrefix(connString, "postgresql://") {
-		return connString + " dbname=" + database, nil // the last one counts
+		connString += " dbname=" + database // the last one counts
+		if role != "" {
+			connString += fmt.Sprintf(" user='%s' password='%s'", strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(role), Password)
+		}
+		return connString, nil
 	}
 	u, err := url.Parse(connString)
 	if err != nil {
@@ -299,6 +452,11 @@ func withDatabase(connString, database string) (string, error) {
 	u.Path = "/" + database
 	query := u.Query()
 	query.Del("dbname")
-	u.RawQuery = query.Encode()
+	if role != "" {
+		u.User = nil
+		query.Set("user", role)
+		query.Set("password", Password)
+	}
+	u.RawQuery = strings.ReplaceAll(query.Encode(), "+", "%20") // libpq leaves a plus as it is
 	return u.String(), nil
 }

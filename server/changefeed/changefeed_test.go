@@ -118,7 +118,7 @@ func (f *fixture) writeType(recordType string, ids ...string) {
 	f.t.Helper()
 	for _, id := range ids {
 		f.database.Exec(f.t, `INSERT INTO pgbroker.records (type, id) VALUES ($1, $2)
-			ON CONFLICT (type, id) DO UPDATE SET search_text = 'again'`, recordType, id)
+			ON CONFLICT (type, id) DO UPDATE SET index_cidr = NULL`, recordType, id)
 	}
 	f.catchUp()
 }
@@ -654,7 +654,7 @@ func TestLostChanges(t *testing.T) {
 	c := f.open("t")
 	f.drain(c)
 	// As if a standby had been promoted that lacks the last change.
-	f.database.Exec(t, "DELETE FROM pgbroker.changes WHERE version = (SELECT max(version) FROM pgbroker.changes)")
+	f.database.AdminExec(t, "SET session_replication_role = replica; DELETE FROM pgbroker.changes WHERE version = (SELECT max(version) FROM pgbroker.changes)")
 	f.Wake()
 	f.await("another server version", func() bool { return f.view.Load().serverVersion != before })
 	if _, err := c.Next(f.ctx, true); !errors.Is(err, ErrDataSetChanged) {

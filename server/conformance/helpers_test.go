@@ -82,14 +82,14 @@ func startOn(t *testing.T, database *dbtest.Database, n int) *servertest.Broker 
 // setting changes a setting of Postgres for all connections that are opened from now on.
 func setting(t *testing.T, database *dbtest.Database, name, value string) {
 	t.Helper()
-	database.Exec(t, "ALTER DATABASE "+database.Name+" SET "+name+" = "+value)
+	database.AdminExec(t, "ALTER DATABASE "+database.Name+" SET "+name+" = "+value)
 	database.Pool.Reset()
 }
 
 // startMore starts a further replica of a broker.
 func startMore(t *testing.T, b *servertest.Broker) *servertest.Replica {
 	t.Helper()
-	return servertest.Start(t, b.Database.ConnString, servertest.Options{})
+	return servertest.Start(t, b.Database.ServerConnString, servertest.Options{})
 }
 
 // queriesOf returns the server's own queries on a database, for the periodic work that a test cannot wait
@@ -574,7 +574,7 @@ type clock struct {
 // before it. Connections that are open already keep the old one.
 func newClock(t *testing.T, database *dbtest.Database) *clock {
 	t.Helper()
-	database.Exec(t, `CREATE SCHEMA test_clock;
+	database.AdminExec(t, `CREATE SCHEMA test_clock;
 		CREATE TABLE test_clock.ahead (by interval NOT NULL);
 		INSERT INTO test_clock.ahead VALUES ('0');
 		GRANT USAGE ON SCHEMA test_clock TO PUBLIC;
@@ -588,7 +588,7 @@ func newClock(t *testing.T, database *dbtest.Database) *clock {
 // advance moves the clock forward.
 func (c *clock) advance(d time.Duration) {
 	c.t.Helper()
-	c.database.Exec(c.t, "UPDATE test_clock.ahead SET by = by + $1", d)
+	c.database.AdminExec(c.t, "UPDATE test_clock.ahead SET by = by + $1", d)
 }
 
 // brokerWithClock is a broker on a database whose clock the test moves.

@@ -395,6 +395,7 @@ func TestD35_ConcurrentFirstStarts(t *testing.T) {
 			t.Errorf("migrate: %v", err)
 		}
 	}
+	database.Grant(t)
 	b := startOn(t, database, 2)
 	put(t, b, thing("a", ""))
 	get(t, b.Replicas[1], thingType, "a")
@@ -406,7 +407,7 @@ func TestD8_UpdatesNeedNoNotification(t *testing.T) {
 	t.Parallel()
 	b := servertest.New(t, servertest.Options{Replicas: 2, Configure: func(c *server.Config) { c.PollInterval = 100 * time.Millisecond }})
 	streams := []*syncStream{followNow(t, b.Replicas[0], thingType), followNow(t, b.Replicas[1], "")}
-	conn := b.Database.Connect(t)
+	conn := b.Database.Admin(t)
 	version := int64(position(t, b).LatestRecordVersion)
 	for i := range 5 {
 		version++
@@ -498,7 +499,7 @@ func TestD9_StreamsShareOneReader(t *testing.T) {
 	t.Parallel()
 	database := dbtest.New(t)
 	r, traffic := startCounted(t, database)
-	writer := servertest.Start(t, database.ConnString, servertest.Options{})
+	writer := servertest.Start(t, database.ServerConnString, servertest.Options{})
 	var streams []*syncStream
 	round := func() int64 {
 		before := traffic.asked.Load()

@@ -57,7 +57,7 @@ func TestRollingRestartLosesNoRequest(t *testing.T) {
 				t.Errorf("the replica ended with: %v", err)
 			}
 			awaitMore(failed, &requests, 200)
-			b.Replicas[i] = servertest.Start(t, b.Database.ConnString, servertest.Options{Address: r.Address})
+			b.Replicas[i] = servertest.Start(t, b.Database.ServerConnString, servertest.Options{Address: r.Address})
 		}
 	}
 	stop()

@@ -23,7 +23,7 @@ import (
 // withoutTriggers runs statements as somebody who knows better, a superuser or a restore: no trigger sees them.
 func withoutTriggers(t testing.TB, b *servertest.Broker, statements ...string) {
 	t.Helper()
-	conn := b.Database.Connect(t)
+	conn := b.Database.Admin(t)
 	for _, s := range append([]string{"SET session_replication_role = replica"}, statements...) {
 		if _, err := conn.Exec(t.Context(), s); err != nil {
 			t.Fatalf("%s: %v", s, err)
@@ -163,7 +163,7 @@ func TestCheckFindsAndRepairs(t *testing.T) {
 func TestCheckFindsWhatItCannotRepair(t *testing.T) {
 	t.Parallel()
 	b := servertest.New(t, servertest.Options{Configure: quiet})
-	conn := b.Database.Connect(t)
+	conn := b.Database.Admin(t)
 	role := "other_" + b.Database.Name
 	for _, s := range []string{
 		"CREATE ROLE " + role, "GRANT CREATE, USAGE ON SCHEMA pgbroker TO " + role,
@@ -179,7 +179,7 @@ func TestCheckFindsWhatItCannotRepair(t *testing.T) {
 		}
 	}
 	t.Cleanup(func() {
-		b.Database.Exec(t, "REASSIGN OWNED BY "+role+" TO CURRENT_USER; DROP OWNED BY "+role+"; DROP ROLE "+role)
+		b.Database.AdminExec(t, "REASSIGN OWNED BY "+role+" TO CURRENT_USER; DROP OWNED BY "+role+"; DROP ROLE "+role)
 	})
 	want := []string{
 		"foreign owner log_deletes()", "foreign owner services", "invalid index audit_id", "missing options session.Session",

@@ -186,7 +186,7 @@ func TestCookbook(t *testing.T) {
 	psql := findPsql(t)
 	d := dbtest.New(t)
 	roles(t, d, cookReader, cookWriter, cookServer, cookRevoker)
-	r := servertest.Start(t, as(d, cookServer), servertest.Options{Configure: quiet})
+	r := servertest.Start(t, d.As(t, cookServer), servertest.Options{Configure: quiet})
 	now := time.Now().UTC().Truncate(time.Second)
 	seedCookbook(t, r, now)
 
@@ -258,11 +258,10 @@ func findPsql(t *testing.T) string {
 
 func runPsql(t *testing.T, psql string, d *dbtest.Database, role string, r recipe) string {
 	t.Helper()
-	args := []string{"-X", "-v", "ON_ERROR_STOP=1", "-P", "pager=off"}
+	args := []string{"-X", "-v", "ON_ERROR_STOP=1", "-P", "pager=off", "-f", "-", d.ConnString}
 	if role != "" {
-		args = append(args, "-c", "SET SESSION AUTHORIZATION "+role)
+		args[len(args)-1] = d.As(t, role)
 	}
-	args = append(args, "-f", "-", d.ConnString)
 	if r.is("expanded") {
 		args = append([]string{"-x"}, args...)
 	}

@@ -1,6 +1,7 @@
 package people
 
 import (
+	"context"
 	"errors"
 	"strings"
 	"testing"
@@ -20,9 +21,8 @@ func TestGrantsOfAnOrdinaryOwner(t *testing.T) {
 	d := dbtest.New(t)
 	owner, reader, server := "owner_"+d.Name, `The "Reader" `+d.Name, "server_"+d.Name
 	quoted := pgx.Identifier{reader}.Sanitize()
-	d.Exec(t, "CREATE ROLE "+owner)
-	t.Cleanup(func() { d.Exec(t, "DROP OWNED BY "+owner+" CASCADE; DROP ROLE "+owner) })
-	d.Exec(t, `DO $$
+	d.Role(t, owner)
+	d.AdminExec(t, `DO $$
 		DECLARE
 			one record;
 		BEGIN
@@ -36,7 +36,11 @@ func TestGrantsOfAnOrdinaryOwner(t *testing.T) {
 		ALTER SEQUENCE pgbroker.record_version OWNER TO `+owner+`;
 		ALTER SCHEMA pgbroker OWNER TO `+owner)
 
-	conn := d.Connect(t)
+	conn, err := pgx.Connect(t.Context(), d.As(t, owner))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.Background())
 	run := func(sql string) {
 		t.Helper()
 		if _, err := conn.Exec(t.Context(), sql); err != nil {
@@ -52,9 +56,8 @@ func TestGrantsOfAnOrdinaryOwner(t *testing.T) {
 		lines, err := pgx.CollectRows(rows, pgx.RowTo[string])
 		return strings.Join(lines, "\n"), err
 	}
-	run("SET SESSION AUTHORIZATION " + owner)
 
-	_, err := grants()
+	_, err = grants()
 	var refused *pgconn.PgError
 	if !errors.As(err, &refused) || refused.Code != pgerrcode.UndefinedObject || !strings.Contains(refused.Message, owner+" may not create roles") {
 		t.Errorf("without the roles: got %v", err)
@@ -64,14 +67,14 @@ func TestGrantsOfAnOrdinaryOwner(t *testing.T) {
 				t.Errorf("the hint does not say %q: %s", statement, refused.Hint)
 			}
 		}
-		d.Exec(t, refused.Hint[strings.Index(refused.Hint, "CREATE"):])
+		d.AdminExec(t, refused.Hint[strings.Index(refused.Hint, "CREATE"):])
 		t.Cleanup(func() {
 			for _, role := range []string{quoted, server} {
-				d.Exec(t, "DROP OWNED BY "+role+"; DROP ROLE "+role)
+				d.AdminExec(t, "DROP OWNED BY "+role+"; DROP ROLE "+role)
 			}
 		})
 	}
-	d.Exec(t, "CREATE VIEW pgbroker.theirs AS SELECT 1; CREATE TABLE pgbroker.their_table (); "+
+	d.AdminExec(t, "CREATE VIEW pgbroker.theirs AS SELECT 1; CREATE TABLE pgbroker.their_table (); "+
 		"CREATE FUNCTION pgbroker.theirs() RETURNS integer LANGUAGE sql RETURN 1")
 	statements, err := grants()
 	if err != nil {
@@ -81,17 +84,16 @@ func TestGrantsOfAnOrdinaryOwner(t *testing.T) {
 		t.Errorf("no line %q in\n%s", line, statements)
 	}
 	run(statements)
-	if got := value[string](t, d, `SELECT concat_ws(' ', has_table_privilege($1, 'pgbroker.sessions', 'SELECT'),
-			has_table_privilege($1, 'pgbroker.theirs', 'SELECT'), has_table_privilege($2, 'pgbroker.records', 'UPDATE'))`, reader, server); got != "t f t" {
-		t.Errorf("the rights to read sessions, to read what belongs to others, and to write records: got %s, want t f t", got)
+	var got string
+	if err := d.Admin(t).QueryRow(t.Context(), `SELECT concat_ws(' ', has_table_privilege($1, 'pgbroker.sessions', 'SELECT'),
+			has_table_privilege($1, 'pgbroker.theirs', 'SELECT'), has_table_privilege($2, 'pgbroker.records', 'UPDATE'))`,
+		reader, server).Scan(&got); err != nil || got != "t f t" {
+		t.Errorf("the rights to read sessions, to read what belongs to others, and to write records: got %s, want t f t, %v", got, err)
 	}
 
 	// Rights are taken from nobody who needs them.
 	if _, err := conn.Exec(t.Context(), "SELECT pgbroker.grants(NULL, NULL, $1)", owner); err == nil || !strings.Contains(err.Error(), "owns the schema") {
 		t.Errorf("grants for the owner: got %v", err)
-	}
-	if _, err := conn.Exec(t.Context(), "RESET SESSION AUTHORIZATION"); err != nil {
-		t.Fatal(err)
 	}
 }
 

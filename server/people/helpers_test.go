@@ -5,7 +5,6 @@ package people
 import (
 	"context"
 	"log/slog"
-	neturl "net/url"
 	"strings"
 	"sync"
 	"testing"
@@ -163,40 +162,15 @@ func position(t testing.TB, r *servertest.Replica) *databroker.ServerInfoRespons
 // ends. Roles belong to the whole server, so their names have to be the test's own.
 func roles(t testing.TB, d *dbtest.Database, reader, writer, server string, revoker ...string) {
 	t.Helper()
-	ctx := context.Background()
-	names := append([]string{reader, writer, server}, revoker...)
-	for _, name := range names {
-		// Left by a test that was killed.
-		if value[bool](t, d, `SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = $1)`, name) {
-			d.Exec(t, "DROP ROLE "+pgx.Identifier{name}.Sanitize())
-		}
+	for _, name := range append([]string{reader, writer, server}, revoker...) {
+		d.Role(t, name)
 	}
 	grant := func() {
 		d.Exec(t, strings.Join(column[string](t, d, `SELECT pgbroker.grants($1, $2, $3, $4)`, reader, writer, server, strings.Join(revoker, "")), "\n"))
 	}
 	grant()
 	grant() // may be repeated
-	t.Cleanup(func() {
-		conn := d.Connect(t)
-		for _, name := range names {
-			name = pgx.Identifier{name}.Sanitize()
-			if _, err := conn.Exec(ctx, "DROP OWNED BY "+name+"; DROP ROLE "+name); err != nil {
-				t.Errorf("drop the role: %v", err)
-			}
-		}
-	})
 }
-
-// as returns a connection string with which everything is done in a role.
-func as(d *dbtest.Database, role string) string {
-	if strings.Contains(d.ConnString, "://") {
-		return d.ConnString + "&role=" + role
-	}
-	return d.ConnString + " role=" + role
-}
-
-// url escapes a role for as.
-func url(role string) string { return neturl.QueryEscape(role) }
 
 // logged keeps what a replica logs.
 type logged struct {

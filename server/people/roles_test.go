@@ -42,7 +42,7 @@ func newGuarded(t *testing.T) guarded {
 	// Names that have to be quoted.
 	g := guarded{Database: d, reader: `Reader "` + d.Name + `"`, writer: `Writer; ` + d.Name, server: `Server'` + d.Name, revoker: "Revoker-" + d.Name}
 	roles(t, d, g.reader, g.writer, g.server, g.revoker)
-	r := servertest.Start(t, d.ConnString, servertest.Options{Configure: quiet})
+	r := servertest.Start(t, d.ServerConnString, servertest.Options{Configure: quiet})
 	for _, v := range typedViews(t) {
 		put(t, r, v.record)
 	}
@@ -72,7 +72,7 @@ type visitor struct {
 func (g guarded) visit(t *testing.T, role string) *visitor {
 	t.Helper()
 	v := new(visitor)
-	cfg, err := pgx.ParseConfig(g.ConnString)
+	cfg, err := pgx.ParseConfig(g.As(t, role))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -81,10 +81,6 @@ func (g guarded) visit(t *testing.T, role string) *visitor {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = v.Close(context.Background()) })
-	// SET SESSION AUTHORIZATION rather than SET ROLE: there is no way back for a role.
-	if _, err := v.Exec(t.Context(), "SET SESSION AUTHORIZATION "+pgx.Identifier{role}.Sanitize()); err != nil {
-		t.Fatal(err)
-	}
 	return v
 }
 
@@ -138,7 +134,7 @@ func (v *visitor) checkHeard(t *testing.T, texts ...string) {
 func TestReaderSeesNoSecret(t *testing.T) {
 	t.Parallel()
 	g := newGuarded(t)
-	g.Exec(t, "CREATE SCHEMA evil AUTHORIZATION "+pgx.Identifier{g.reader}.Sanitize())
+	g.AdminExec(t, "CREATE SCHEMA evil AUTHORIZATION "+pgx.Identifier{g.reader}.Sanitize())
 	v := g.visit(t, g.reader)
 
 	for _, table := range []string{"records", "changes", "leases", "services", "record_types", "audit", "state", "epochs", "checkpoint", "schema_migrations"} {
@@ -194,7 +190,7 @@ func TestReaderSeesNoSecret(t *testing.T) {
 func TestWriterReadsNoPayload(t *testing.T) {
 	t.Parallel()
 	g := newGuarded(t)
-	g.Exec(t, "CREATE SCHEMA evil AUTHORIZATION "+pgx.Identifier{g.writer}.Sanitize())
+	g.AdminExec(t, "CREATE SCHEMA evil AUTHORIZATION "+pgx.Identifier{g.writer}.Sanitize())
 	v := g.visit(t, g.writer)
 	const denied = pgerrcode.InsufficientPrivilege
 
@@ -433,7 +429,7 @@ func TestTriggersRunAsTheirOwner(t *testing.T) {
 // startAs starts a replica that does everything in the server's role, with periodic work that is always due.
 func startAs(t *testing.T, g guarded, log *logged) *servertest.Replica {
 	t.Helper()
-	return servertest.Start(t, as(g.Database, url(g.server)), servertest.Options{Configure: func(c *server.Config) {
+	return servertest.Start(t, g.As(t, g.server), servertest.Options{Configure: func(c *server.Config) {
 		busy(c)
 		c.TombstoneRetention, c.AuditRetention = time.Nanosecond, 24*time.Hour
 		c.Logger = log.logger()

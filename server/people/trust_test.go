@@ -217,7 +217,7 @@ const hijack = `
 	$do$`
 
 // TestNobodysSchemaIsInThePath: with a schema before pg_catalog that has an operator, a function and a type for all that ours
-// use, whatever anybody does calls none of them: the owner, a superuser here, neither.
+// use, whatever anybody does calls none of them: a superuser neither.
 func TestNobodysSchemaIsInThePath(t *testing.T) {
 	t.Parallel()
 	g := newGuarded(t)
@@ -266,7 +266,7 @@ func TestNobodysSchemaIsInThePath(t *testing.T) {
 		{g.visit(t, g.revoker), [][]string{read, revoke, {`DELETE FROM pgbroker.identity_bindings`}}},
 		{g.visit(t, g.writer), [][]string{read, write, revoke}},
 		{g.visit(t, g.server), [][]string{read, replica[:len(replica)-1], write[:len(write)-1]}},
-		{&visitor{Conn: g.Connect(t)}, [][]string{read, write, revoke, replica, owner}},
+		{&visitor{Conn: g.Admin(t)}, [][]string{read, write, revoke, replica, owner}},
 	} {
 		for _, path := range []string{"hijacked, pg_catalog", "pg_temp, hijacked, pgbroker, pg_catalog"} {
 			test.v.expect(t, "", `SET search_path = `+path)
@@ -343,7 +343,7 @@ func TestGrantsPassNoWholeRow(t *testing.T) {
 func TestRevoker(t *testing.T) {
 	t.Parallel()
 	g := newGuarded(t)
-	g.Exec(t, "CREATE SCHEMA evil AUTHORIZATION "+pgx.Identifier{g.revoker}.Sanitize())
+	g.AdminExec(t, "CREATE SCHEMA evil AUTHORIZATION "+pgx.Identifier{g.revoker}.Sanitize())
 	v := g.visit(t, g.revoker)
 	const denied = pgerrcode.InsufficientPrivilege
 	for _, view := range g.views {

@@ -91,9 +91,9 @@ func TestViewsShowAndDelete(t *testing.T) {
 	}
 	// Those that can be deleted from are those that were tested, and no others.
 	var deletable []string
-	for _, statement := range column[string](t, b.Database, `SELECT pgbroker.grants(NULL, 'w', NULL)`) {
+	for _, statement := range column[string](t, b.Database, `SELECT pgbroker.grants(NULL, $1, NULL)`, dbtest.WriterRole) {
 		if names, ok := strings.CutPrefix(statement, "GRANT DELETE ON "); ok {
-			deletable = strings.Split(strings.ReplaceAll(strings.TrimSuffix(names, " TO w;"), "pgbroker.", ""), ", ")
+			deletable = strings.Split(strings.ReplaceAll(strings.TrimSuffix(names, " TO "+dbtest.WriterRole+";"), "pgbroker.", ""), ", ")
 		}
 	}
 	slices.Sort(tested)
@@ -124,7 +124,7 @@ func TestViewsNameNoPayload(t *testing.T) {
 	// Such a view of a user's is not for readers, nor is what is made of it; others are.
 	d.Exec(t, `CREATE VIEW pgbroker.careless_too AS SELECT * FROM pgbroker.careless`)
 	d.Exec(t, `CREATE VIEW pgbroker.harmless AS SELECT id FROM pgbroker.users`)
-	grants := strings.Join(column[string](t, d, `SELECT pgbroker.grants('r', 'w', NULL)`), "\n")
+	grants := strings.Join(column[string](t, d, `SELECT pgbroker.grants($1, $2, NULL)`, dbtest.ReaderRole, dbtest.WriterRole), "\n")
 	if strings.Contains(grants, "careless") || !strings.Contains(grants, "pgbroker.harmless") {
 		t.Errorf("the grants are\n%s", grants)
 	}

@@ -3,7 +3,6 @@ package pressure
 import (
 	"fmt"
 	"log/slog"
-	"net/url"
 	"strings"
 	"sync"
 	"testing"
@@ -100,7 +99,7 @@ func tryPut(t *testing.T, client databroker.DataBrokerServiceClient, id string) 
 // They fail in time, saying why; a log line and a metric name the session, and no secret; when it ends, all goes on.
 func TestAForgottenTransactionIsReported(t *testing.T) {
 	t.Parallel()
-	b, registry, log := watched(t, servertest.Options{})
+	b, registry, log := watched(t, servertest.Options{AsOwner: true})
 	put(t, b, thing("a", 10))
 	stream := follow(testContext(t), t, b.Conn, present(t, b))
 	o := newOperator(t, b, "DELETE FROM pgbroker.records WHERE id = 'none'",
@@ -136,7 +135,7 @@ func TestAForgottenTransactionIsReported(t *testing.T) {
 	if _, err := b.Query(testContext(t), &databroker.QueryRequest{Type: "t", Limit: 1}); err != nil {
 		t.Errorf("query: %v", err)
 	}
-	another := servertest.Start(t, b.Database.ConnString, servertest.Options{})
+	another := servertest.Start(t, b.Database.ServerConnString, servertest.Options{})
 	late := follow(testContext(t), t, another.Conn, present(t, another))
 
 	o.commit()
@@ -244,17 +243,7 @@ func TestBlockedRequestsEndInTime(t *testing.T) {
 // TestBlockersAreFoundWithFewRights: a role that may only do what serving needs names the session too, if not what it does.
 func TestBlockersAreFoundWithFewRights(t *testing.T) {
 	t.Parallel()
-	b, _, log := watched(t, servertest.Options{ConfigureDB: func(c *db.Config) {
-		c.LockTimeout = 500 * time.Millisecond
-		u, err := url.Parse(c.ConnString)
-		if err != nil {
-			t.Fatal(err)
-		}
-		query := u.Query()
-		query.Set("user", newRole(t, c.ConnString)) // wherever the one of the tests is named
-		u.User, u.RawQuery = nil, query.Encode()
-		c.ConnString = u.String()
-	}})
+	b, _, log := watched(t, servertest.Options{})
 	o := newOperator(t, b, "SELECT pgbroker.lock_order(), 'hunter2'")
 	await(t, "a log line that names the session", func() bool {
 		wantStatus(t, tryPut(t, b, "b"), codes.Unavailable, blocked)

@@ -30,6 +30,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	"pgbroker/db/dbtest"
 	"pgbroker/proto/databroker"
 	"pgbroker/server"
 	"pgbroker/server/auth"
@@ -322,40 +323,18 @@ func isCanceled(err error) bool {
 }
 
 // newRole makes a role that may do what `pgbroker migrate grants` lets a server do, and returns its name.
-func newRole(t *testing.T, connString string) string {
+func newRole(t *testing.T, d *dbtest.Database) string {
 	t.Helper()
-	conn, err := pgx.Connect(t.Context(), connString)
+	role := "app_" + d.Name[len(d.Name)-12:]
+	d.Role(t, role)
+	rows, err := d.Pool.Query(t.Context(), "SELECT pgbroker.grants(NULL, NULL, $1)", role)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close(t.Context())
-	var database string
-	if err := conn.QueryRow(t.Context(), "SELECT current_database()").Scan(&database); err != nil {
+	statements, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
 		t.Fatal(err)
 	}
-	role := "app_" + database[len(database)-12:]
-	if _, err := conn.Exec(t.Context(), `DO $$
-		DECLARE statement text;
-		BEGIN
-			FOR statement IN SELECT pgbroker.grants(NULL, NULL, '`+role+`') LOOP
-				CONTINUE WHEN statement IN ('BEGIN;', 'COMMIT;');
-				EXECUTE statement;
-			END LOOP;
-		END $$`); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
-		defer cancel()
-		conn, err := pgx.Connect(ctx, connString)
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		defer conn.Close(ctx)
-		if _, err := conn.Exec(ctx, "DROP OWNED BY "+role+"; DROP ROLE "+role); err != nil {
-			t.Error(err)
-		}
-	})
+	d.Exec(t, strings.Join(statements, "\n"))
 	return role
 }

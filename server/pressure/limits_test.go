@@ -124,7 +124,7 @@ func TestLimitOfRequests(t *testing.T) {
 		return err
 	}
 	put(t, b, thing("a", 0))
-	release := held(t, b)
+	release, admin := held(t, b), b.Database.Admin(t)
 	defer release()
 	var group errgroup.Group
 	for range 3 {
@@ -132,7 +132,7 @@ func TestLimitOfRequests(t *testing.T) {
 	}
 	await(t, "three requests that wait", func() bool {
 		var n int
-		if err := b.Database.Pool.QueryRow(t.Context(), `SELECT count(*) FROM pg_stat_activity
+		if err := admin.QueryRow(t.Context(), `SELECT count(*) FROM pg_stat_activity
 			WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE '-- name: Record%'`).Scan(&n); err != nil {
 			t.Fatal(err)
 		}
@@ -163,13 +163,13 @@ func TestLimitOfRequestBytes(t *testing.T) {
 	if err := large(); err != nil {
 		t.Fatal(err)
 	}
-	release := held(t, b)
+	release, admin := held(t, b), b.Database.Admin(t)
 	defer release()
 	waiting := make(chan error, 1)
 	go func() { waiting <- large() }()
 	await(t, "a request that waits", func() bool {
 		var n int
-		if err := b.Database.Pool.QueryRow(t.Context(), `SELECT count(*) FROM pg_stat_activity
+		if err := admin.QueryRow(t.Context(), `SELECT count(*) FROM pg_stat_activity
 			WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE '-- name: Record%'`).Scan(&n); err != nil {
 			t.Fatal(err)
 		}

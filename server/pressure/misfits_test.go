@@ -21,7 +21,7 @@ func TestRecordsAboveTheLimit(t *testing.T) {
 	const limit = 64 << 10
 	metrics, log := prometheus.NewRegistry(), new(logBook)
 	b := servertest.New(t, servertest.Options{}) // with the usual limit
-	low := servertest.Start(t, b.Database.ConnString, servertest.Options{Configure: withMetrics(metrics, func(c *server.Config) {
+	low := servertest.Start(t, b.Database.ServerConnString, servertest.Options{Configure: withMetrics(metrics, func(c *server.Config) {
 		c.MaxMessageSize = limit
 		c.Logger = slog.New(slog.NewTextHandler(log, nil))
 	})})

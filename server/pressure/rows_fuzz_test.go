@@ -156,7 +156,7 @@ func FuzzRows(f *testing.F) {
 	f.Fuzz(func(t *testing.T, written []byte) {
 		ctx, cancel := context.WithTimeout(t.Context(), patience)
 		defer cancel()
-		conn, err := pgx.Connect(ctx, b.Database.ConnString)
+		conn, err := pgx.Connect(ctx, b.Database.AdminConnString)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -6,7 +6,6 @@ import (
 	"go/parser"
 	"go/token"
 	"io/fs"
-	"net/url"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -23,7 +22,6 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/emptypb"
 
-	"pgbroker/db"
 	"pgbroker/db/dbtest"
 	"pgbroker/proto/databroker"
 	"pgbroker/proto/registry"
@@ -167,9 +165,7 @@ func TestAStreamEndsWithItsSecret(t *testing.T) {
 // role opens a connection of another role to a broker's database.
 func role(t *testing.T, b *servertest.Broker, name string) *pgx.Conn {
 	t.Helper()
-	config := b.Database.Config(t)
-	config.User = name
-	conn, err := pgx.ConnectConfig(t.Context(), config)
+	conn, err := pgx.Connect(t.Context(), b.Database.As(t, name))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -183,7 +179,7 @@ func TestAReaderSeesNoTokens(t *testing.T) {
 	const secret = "s3cr3t-t0k3n"
 	b := servertest.New(t, servertest.Options{})
 	put(t, b, secretSession(t, "s", secret))
-	name := newRole(t, b.Database.ConnString)
+	name := newRole(t, b.Database)
 	b.Database.Exec(t, "REVOKE ALL ON ALL TABLES IN SCHEMA pgbroker FROM "+name)
 	b.Database.Exec(t, "REVOKE ALL ON ALL SEQUENCES IN SCHEMA pgbroker FROM "+name)
 	b.Database.Exec(t, `GRANT SELECT ON pgbroker.sessions, pgbroker.users, pgbroker.service_accounts, pgbroker.directory_users,
@@ -219,18 +215,7 @@ func TestAReaderSeesNoTokens(t *testing.T) {
 // role cannot change the schema.
 func TestTheServerNeedsNoMoreThanItsGrants(t *testing.T) {
 	t.Parallel()
-	name := ""
-	b := servertest.New(t, servertest.Options{ConfigureDB: func(c *db.Config) {
-		u, err := url.Parse(c.ConnString)
-		if err != nil {
-			t.Fatal(err)
-		}
-		name = newRole(t, c.ConnString)
-		query := u.Query()
-		query.Set("user", name)
-		u.User, u.RawQuery = nil, query.Encode()
-		c.ConnString = u.String()
-	}})
+	b := servertest.New(t, servertest.Options{})
 	ctx := testContext(t)
 	stream := follow(ctx, t, b.Conn, present(t, b))
 	put(t, b, thing("a", 10))
@@ -251,7 +236,7 @@ func TestTheServerNeedsNoMoreThanItsGrants(t *testing.T) {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
-	app := role(t, b, name)
+	app := role(t, b, dbtest.ServerRole)
 	for _, statement := range []string{
 		"DROP TABLE pgbroker.records", "ALTER TABLE pgbroker.records DISABLE TRIGGER ALL", "CREATE TABLE pgbroker.mine (x int)",
 		"DROP TRIGGER records_order ON pgbroker.records", "CREATE OR REPLACE FUNCTION pgbroker.lock_order() RETURNS void LANGUAGE sql AS ''",
@@ -269,7 +254,7 @@ func second[T any](_ T, err error) error { return err }
 func TestAStrangerInTheDatabaseIsNamed(t *testing.T) {
 	t.Parallel()
 	b, _, log := watched(t, servertest.Options{})
-	name := newRole(t, b.Database.ConnString)
+	name := newRole(t, b.Database)
 	b.Database.Exec(t, "REVOKE ALL ON ALL TABLES IN SCHEMA pgbroker FROM "+name+"; REVOKE ALL ON SCHEMA pgbroker FROM "+name)
 	stranger := role(t, b, name)
 	if _, err := stranger.Exec(t.Context(), "SELECT pg_advisory_lock(7236837420591218)"); err != nil {
@@ -308,7 +293,7 @@ func TestQueriesOfReplicasHoldNoValues(t *testing.T) {
 	if _, err := b.Query(testContext(t), &databroker.QueryRequest{Query: secret, Limit: 1}); err != nil {
 		t.Fatal(err)
 	}
-	rows, err := b.Database.Pool.Query(t.Context(),
+	rows, err := b.Database.Admin(t).Query(t.Context(),
 		"SELECT query FROM pg_stat_activity WHERE datname = current_database() AND application_name LIKE 'pgbroker%'")
 	if err != nil {
 		t.Fatal(err)

@@ -166,7 +166,7 @@ func TestALateReplicaIsCorrected(t *testing.T) {
 	d.Exec(t, `INSERT INTO pgbroker.records (type, id, payload, data)
 		SELECT type, 'late', payload, data || '{"claims": {"ssn": ["`+secret+`"]}}' FROM pgbroker.records`)
 	d.Exec(t, "UPDATE pgbroker.search_texts SET search_text = '"+secret+"' WHERE id = 'late'")
-	again := servertest.Start(t, d.ConnString, servertest.Options{Configure: func(c *server.Config) { c.ProjectionGrace = time.Millisecond }})
+	again := servertest.Start(t, d.ServerConnString, servertest.Options{Configure: func(c *server.Config) { c.ProjectionGrace = time.Millisecond }})
 	await(t, d, "SELECT swept FROM pgbroker.schema_state")
 	if got := get[string](t, d, "SELECT (to_jsonb(r) - 'payload')::text || (SELECT t.search_text FROM pgbroker.search_texts t WHERE id = 'late') FROM pgbroker.records r WHERE id = 'late'"); strings.Contains(got, secret) {
 		t.Errorf("still there: %s", got)
@@ -192,7 +192,7 @@ func TestReprojectionGoesOn(t *testing.T) {
 		t.Fatalf("to be projected: %q", got)
 	}
 	d.Exec(t, "UPDATE pgbroker.reprojections SET next_id = 'b'")
-	again := servertest.Start(t, d.ConnString, servertest.Options{})
+	again := servertest.Start(t, d.ServerConnString, servertest.Options{})
 	await(t, d, "SELECT count(*) = 0 FROM pgbroker.reprojections")
 	if got := columns(t, d, "SELECT id FROM pgbroker.records WHERE data IS NOT NULL ORDER BY id"); strings.Join(got, "") != "bc" {
 		t.Errorf("projected: %q, want b and c", got)

@@ -44,6 +44,7 @@ func (r replaced) want(t testing.TB, what string, inserted, updated, deleted, re
 func TestAnInitialLoadInsertsOnly(t *testing.T) {
 	t.Parallel()
 	d := dbtest.New(t)
+	d.AdminExec(t, "ALTER DATABASE "+d.Name+" SET track_functions = 'all'")
 	conn := d.Connect(t)
 	exec := func(sql string) {
 		t.Helper()
@@ -51,7 +52,6 @@ func TestAnInitialLoadInsertsOnly(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	exec("SET track_functions = 'all'")
 	stage(t, conn, "{}")
 	exec("INSERT INTO staged_records (id, data) SELECT 'u' || i, '{}' FROM generate_series(1, 30) AS i")
 	for remaining := int64(20); remaining >= 0; remaining -= 10 {

@@ -40,6 +40,9 @@ type Broker struct {
 type Options struct {
 	// Replicas is how many to start; 0 means one.
 	Replicas int
+	// AsOwner makes the replicas that New starts connect as the owner of the schema, which sees what other sessions of
+	// its own do.
+	AsOwner bool
 	// Address is where Start listens; "" is any free port of the loopback interface.
 	Address string
 	// Configure changes the configuration of each replica before it starts.
@@ -48,12 +51,17 @@ type Options struct {
 	ConfigureDB func(*db.Config)
 }
 
-// New starts a broker that is stopped when the test ends.
+// New starts a broker that is stopped when the test ends. Its replicas connect as dbtest.ServerRole, if options do not say
+// otherwise.
 func New(t testing.TB, options Options) *Broker {
 	t.Helper()
 	b := &Broker{Database: dbtest.New(t)}
+	connString := b.Database.ServerConnString
+	if options.AsOwner {
+		connString = b.Database.ConnString
+	}
 	for range max(1, options.Replicas) {
-		b.Replicas = append(b.Replicas, Start(t, b.Database.ConnString, options))
+		b.Replicas = append(b.Replicas, Start(t, connString, options))
 	}
 	b.Replica = b.Replicas[0]
 	return b
