@@ -29,6 +29,8 @@ type listener struct {
 	wake    map[string]func() // by channel; nil entries are not listened to
 	logger  *slog.Logger
 	stats   *stats
+	retry   time.Duration // how often to look whether a standby has been promoted
+	told    bool          // that it is one
 }
 
 // run listens until ctx ends, and reconnects as often as it takes.
@@ -46,6 +48,10 @@ func (l *listener) run(ctx context.Context) {
 		if connected {
 			delay.Reset()
 		}
+		if db.IsReadOnly(err) {
+			l.awaitPromotion(ctx)
+			continue
+		}
 		wait, level := delay.NextBackOff(), slog.LevelWarn
 		if errors.Is(err, db.ErrTransactionPooler) {
 			// That is how it was set up, and said once.
@@ -60,6 +66,23 @@ func (l *listener) run(ctx context.Context) {
 		select {
 		case <-time.After(wait):
 		case <-ctx.Done():
+		}
+	}
+}
+
+// awaitPromotion waits as long as the server is a standby, where LISTEN is not allowed.
+func (l *listener) awaitPromotion(ctx context.Context) {
+	if !l.told {
+		l.told = true
+		l.logger.InfoContext(ctx, "the server is a standby, which announces nothing: changes are found by polling")
+	}
+	tick := time.NewTicker(l.retry)
+	defer tick.Stop()
+	for began := time.Now(); l.stats.standby.Load() || time.Since(began) < l.retry; {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
 		}
 	}
 }
@@ -88,6 +111,7 @@ func (l *listener) listen(ctx context.Context) (connected bool, err error) {
 	}
 	l.stats.connects.Add(1)
 	l.stats.listening.Store(true)
+	l.told = false
 	// What was announced before we listened is in the tables.
 	for _, wake := range l.wake {
 		if wake != nil {
