@@ -26,5 +26,6 @@ func main() {
 		os.Exit(code)
 	}()
 
+	becomeUser = become
 	os.Exit(run(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr, os.Environ()))
 }

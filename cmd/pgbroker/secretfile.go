@@ -25,28 +25,20 @@ func (c *Config) dataDir() (string, error) {
 // keepSecret returns the file with the shared secret in dir, which it fills with a new secret if there is none. created says
 // whether it did.
 func keepSecret(dir string) (path string, created bool, err error) {
-	path = filepath.Join(dir, secretFileName)
-	if _, err := os.Stat(path); err == nil {
-		return path, false, nil
-	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return "", false, fmt.Errorf("directory for the shared secret: %w", err)
-	}
-	// The file appears under its name only when it is complete, and whoever comes second gets the first one's.
-	temp, err := os.CreateTemp(dir, secretFileName+".*") // mode 0600
+	path, created, err = embedded.Keep(dir, secretFileName, func() string { return auth.NewKey().Secret() + "\n" })
 	if err != nil {
 		return "", false, fmt.Errorf("keep the shared secret: %w", err)
 	}
-	defer os.Remove(temp.Name())
-	_, err = temp.WriteString(auth.NewKey().Secret() + "\n")
-	if err := errors.Join(err, temp.Sync(), temp.Close()); err != nil {
-		return "", false, fmt.Errorf("keep the shared secret: %w", err)
+	return path, created, nil
+}
+
+// removeSecret removes what keepSecret has made. Whoever has given up root since may no longer remove the file, and leaves it
+// empty.
+func removeSecret(path string) error {
+	err := os.Remove(path)
+	if errors.Is(err, fs.ErrPermission) {
+		err = os.Truncate(path, 0)
 	}
-	switch err := os.Link(temp.Name(), path); {
-	case errors.Is(err, fs.ErrExist):
-		return path, false, nil
-	case err != nil:
-		return "", false, fmt.Errorf("keep the shared secret: %w", err)
-	}
-	return path, true, nil
+	_ = os.Remove(filepath.Dir(path)) // if nothing else is in it
+	return err
 }

@@ -120,6 +120,10 @@ func (a *app) serve(ctx context.Context, cfg *configuration) (err error) {
 	if listener, err = listen(cfg); err != nil {
 		return err
 	}
+	if err := giveUpRoot(cfg, postgres, log); err != nil {
+		listener.Close()
+		return err
+	}
 	group, running := errgroup.WithContext(ctx)
 	if unavailable != nil {
 		log.Warn("waiting for the database", "error", unavailable)
@@ -253,19 +257,16 @@ func startHTTP(cfg *configuration, metrics prometheus.Gatherer, replica *atomic.
 		return nil, fmt.Errorf("%s: %w", cfg.describe("metrics_address"), err)
 	}
 	log.Info("serving metrics and probes", "address", listener.Addr().String())
-	ask := func(question func(*server.Server) error) func() error {
-		return func() error {
-			s := replica.Load()
-			if s == nil {
-				return errors.New("starting")
-			}
-			return question(s)
+	ready := func() error {
+		s := replica.Load()
+		if s == nil {
+			return errors.New("starting")
 		}
+		return s.Ready()
 	}
-	probes := newHTTPServer(metrics, ask((*server.Server).Ready), ask((*server.Server).Writable), log)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- serveHTTP(ctx, probes, listener) }()
+	go func() { done <- serveHTTP(ctx, newHTTPServer(metrics, ready, log), listener) }()
 	return func() error {
 		cancel()
 		return <-done
@@ -279,12 +280,12 @@ func startEmbedded(ctx context.Context, cfg *configuration, log *slog.Logger) (_
 	if err != nil {
 		return nil, nil, err
 	}
-	removeSecret := func() error { return nil }
+	removeCreated := func() error { return nil }
 	stop = func() error {
 		// By now nothing uses it any more, so this takes a moment only.
 		ctx, cancel := context.WithTimeout(context.Background(), cfg.ShutdownTimeout)
 		defer cancel()
-		return errors.Join(postgres.Stop(ctx), removeSecret())
+		return errors.Join(postgres.Stop(ctx), removeCreated())
 	}
 	if !cfg.hasSecret() && !cfg.AllowUnauthenticated {
 		// An ephemeral server uses the same place, because clients look there, and leaves it as it was.
@@ -300,11 +301,7 @@ func startEmbedded(ctx context.Context, cfg *configuration, log *slog.Logger) (_
 			log.Info("made a new shared secret", "file", path)
 		}
 		if created && cfg.Ephemeral {
-			removeSecret = func() error {
-				err := os.Remove(path)
-				_ = os.Remove(dir) // if nothing else is in it
-				return err
-			}
+			removeCreated = func() error { return removeSecret(path) }
 		}
 		cfg.SharedSecretFile = []string{path}
 	}

@@ -39,6 +39,7 @@ type Config struct {
 
 	DataDir   string
 	Ephemeral bool
+	User      string
 
 	RequestTimeout     time.Duration
 	ShutdownTimeout    time.Duration
@@ -255,13 +256,21 @@ var settings = []setting{
 	{
 		group: "Embedded mode", name: "data_dir", use: useServe | useClient | usePsql,
 		field: func(c *Config) any { return &c.DataDir }, effective: (*Config).dataDir,
-		help: "Directory of the private Postgres and of the shared secret that goes with it. Default: pgbroker in the user's " +
-			"state directory ($XDG_STATE_HOME or ~/.local/state), or /var/lib/pgbroker for root. Clients look there for the secret.",
+		help: "Directory of the private Postgres and of the shared secret that goes with it. Default: pgbroker in $XDG_STATE_HOME " +
+			"if that is set, else in ~/.local/state, or /var/lib/pgbroker for root. Clients look there for the secret.",
 	},
 	{
 		name: "ephemeral", use: useServe,
 		field: func(c *Config) any { return &c.Ephemeral }, def: "false",
 		help: "Keep the private Postgres in a temporary directory, without fsync, and remove it at the end.",
+	},
+
+	{
+		group: "Process", name: "user", use: useServe,
+		field: func(c *Config) any { return &c.User },
+		help: "User to become, when root has started serve, as soon as the addresses are bound and all files have been read: " +
+			"by name. Files that are to be read again when they change must be readable for that user. Embedded mode becomes the " +
+			"user that runs its Postgres, and takes no other. Default: with a database_url, none.",
 	},
 
 	{

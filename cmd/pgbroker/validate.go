@@ -41,6 +41,7 @@ func (c *configuration) validate() error {
 		warn("the certificate is not used, because of %s", c.describe("grpc_insecure"))
 	}
 	add(c.checkDatabase())
+	add(c.checkUser())
 	if c.RequestTimeout >= pomeriumPatience {
 		warn("%s: %v: Pomerium gives up after %v and then does not learn the reason",
 			c.describe("request_timeout"), c.RequestTimeout, pomeriumPatience)

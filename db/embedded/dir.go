@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/user"
@@ -17,18 +18,21 @@ import (
 // ErrInUse says that another live process runs the server of this directory.
 var ErrInUse = errors.New("in use by another process")
 
+// lockName is the file that is locked.
+const lockName = "postgres.lock"
+
 // ephemeralPattern names the directories of ephemeral servers.
 const ephemeralPattern = "pgbroker-ephemeral-"
 
 // DefaultDir returns the directory that Start uses when Config.Dir is empty:
-// /var/lib/pgbroker for root, else pgbroker in $XDG_STATE_HOME or
-// ~/.local/state.
+// pgbroker in $XDG_STATE_HOME if that is set, else /var/lib/pgbroker for root,
+// and pgbroker in ~/.local/state for others.
 func DefaultDir() (string, error) {
-	if os.Geteuid() == 0 {
-		return "/var/lib/pgbroker", nil
-	}
 	if state := os.Getenv("XDG_STATE_HOME"); filepath.IsAbs(state) {
 		return filepath.Join(state, "pgbroker"), nil
+	}
+	if os.Geteuid() == 0 {
+		return "/var/lib/pgbroker", nil
 	}
 	home, err := os.UserHomeDir()
 	if err != nil {
@@ -56,15 +60,23 @@ func (a account) sysProcAttr() *syscall.SysProcAttr {
 }
 
 // chooseAccount returns the user to run Postgres as. Postgres refuses to run
-// as root; then it is the owner of the data directory if there is one, else
-// the user postgres, else nobody.
-func chooseAccount(dataDir string) (account, error) {
+// as root; then it is the owner of what is there already (the data, the
+// directory around them, the directory of all), else the user postgres, else
+// nobody.
+func chooseAccount(dir string) (account, error) {
 	if uid := os.Geteuid(); uid != 0 {
-		return account{uid: uint32(uid), gid: uint32(os.Getegid()), name: "uid " + strconv.Itoa(uid)}, nil
+		return account{uid: uint32(uid), gid: uint32(os.Getegid()), name: uidText(uint32(uid))}, nil
 	}
-	if info, err := os.Stat(dataDir); err == nil {
+	for _, path := range []string{filepath.Join(homeName, dataName), homeName, ""} {
+		if dir == "" {
+			break
+		}
+		info, err := os.Lstat(filepath.Join(dir, path))
+		if err != nil || !info.IsDir() {
+			continue
+		}
 		if st := info.Sys().(*syscall.Stat_t); st.Uid != 0 {
-			return account{uid: st.Uid, gid: st.Gid, name: "uid " + strconv.Itoa(int(st.Uid)), switched: true}, nil
+			return account{uid: st.Uid, gid: st.Gid, name: uidText(st.Uid), switched: true}, nil
 		}
 	}
 	for _, name := range []string{"postgres", "_postgres", "nobody"} {
@@ -88,10 +100,14 @@ type lock struct{ file *os.File }
 
 // lockDir takes the lock of dir. It returns an error that wraps ErrInUse when
 // another process holds it.
-func lockDir(dir string) (*lock, error) {
-	path := filepath.Join(dir, "postgres.lock")
+func lockDir(dir string, a account) (*lock, error) {
+	root, err := openDir(dir, a)
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
 	for {
-		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+		f, err := openLock(root, a)
 		if err != nil {
 			return nil, err
 		}
@@ -102,19 +118,36 @@ func lockDir(dir string) (*lock, error) {
 			if errors.Is(err, syscall.EWOULDBLOCK) {
 				return nil, fmt.Errorf("%w (process %s)", ErrInUse, strings.TrimSpace(string(holder[:n])))
 			}
-			return nil, fmt.Errorf("lock %s: %w", path, err)
+			return nil, fmt.Errorf("lock %s: %w", f.Name(), err)
 		}
 		// Whoever held the lock may have removed the directory with the file;
 		// then this lock is on nothing.
 		mine, err1 := f.Stat()
-		named, err2 := os.Stat(path)
+		named, err2 := os.Lstat(filepath.Join(dir, lockName))
 		if err1 != nil || err2 != nil || !os.SameFile(mine, named) {
 			f.Close()
+			if _, err := os.Lstat(dir); err != nil {
+				return nil, err
+			}
 			continue
 		}
 		_ = f.Truncate(0) // the content is only for messages
 		_, _ = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
 		return &lock{f}, nil
+	}
+}
+
+// openLock opens the file of a lock, or makes it.
+func openLock(root *os.Root, a account) (*os.File, error) {
+	for {
+		f, err := openFile(root, lockName, os.O_RDWR, a)
+		if !errors.Is(err, fs.ErrNotExist) {
+			return f, err
+		}
+		f, err = root.OpenFile(lockName, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+		if !errors.Is(err, fs.ErrExist) {
+			return f, err
+		}
 	}
 }
 
@@ -136,11 +169,14 @@ func makeDir(dir string, a account) error {
 			return err
 		}
 	}
-	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		if errors.Is(err, fs.ErrExist) {
+			return nil // by another process, a moment ago
+		}
 		return err
 	}
 	if a.switched {
-		return os.Chmod(dir, 0o711)
+		return setMode(dir, 0o711, a, false)
 	}
 	return nil
 }
@@ -179,20 +215,24 @@ func checkEntry(dir string, a account) error {
 // shared place like /tmp it may be a trap.
 func makePrivate(dir string, a account) error {
 	if err := os.Mkdir(dir, 0o700); err == nil {
-		return os.Lchown(dir, int(a.uid), int(a.gid))
+		return setMode(dir, 0o700, a, true)
 	} else if !errors.Is(err, fs.ErrExist) {
 		return err
 	}
-	info, err := os.Lstat(dir)
+	root, err := openDir(dir, a)
+	if err != nil {
+		return fmt.Errorf("embedded: %w", err)
+	}
+	info, err := root.Stat(".")
+	root.Close()
 	if err != nil {
 		return err
 	}
-	st := info.Sys().(*syscall.Stat_t)
-	if !info.IsDir() || st.Uid != a.uid {
+	if ownerOf(info) != a.uid {
 		return fmt.Errorf("embedded: %s exists and is not a directory of %s: remove it", dir, a.name)
 	}
 	if info.Mode().Perm() != 0o700 {
-		return os.Chmod(dir, 0o700)
+		return setMode(dir, 0o700, a, false)
 	}
 	return nil
 }
@@ -222,7 +262,7 @@ func ephemeralDir(parent string, a account) (string, *lock, error) {
 		}
 		// Another process may see the new directory before it is locked and
 		// take it for a leftover. Then it is gone, and the next one is tried.
-		l, err := lockDir(dir)
+		l, err := lockDir(dir, a)
 		if errors.Is(err, ErrInUse) || errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
@@ -231,7 +271,7 @@ func ephemeralDir(parent string, a account) (string, *lock, error) {
 			return "", nil, err
 		}
 		if a.switched {
-			if err := os.Chmod(dir, 0o711); err != nil {
+			if err := setMode(dir, 0o711, a, false); err != nil {
 				l.release()
 				return "", nil, err
 			}
@@ -246,15 +286,15 @@ func removeLeftovers(parent string, a account) {
 	dirs, _ := filepath.Glob(filepath.Join(parent, ephemeralPattern+"*")) // constant pattern
 	for _, dir := range dirs {
 		info, err := os.Lstat(dir)
-		if err != nil || !info.IsDir() || info.Sys().(*syscall.Stat_t).Uid != uint32(os.Geteuid()) {
+		if err != nil || !info.IsDir() || ownerOf(info) != uint32(os.Geteuid()) && ownerOf(info) != a.uid {
 			continue
 		}
-		l, err := lockDir(dir)
+		l, err := lockDir(dir, a)
 		if err != nil {
 			continue // its server lives
 		}
 		home := filepath.Join(dir, homeName)
-		if pid := postmasterPID(filepath.Join(home, dataName)); pid != 0 {
+		if pid := postmasterPID(home, a); pid != 0 {
 			_ = syscall.Kill(pid, syscall.SIGQUIT)
 			waitGone(pid, time.After(10*time.Second))
 		}
@@ -266,18 +306,19 @@ func removeLeftovers(parent string, a account) {
 	}
 }
 
-// postmasterPID returns the process of the live postmaster of dataDir, or 0.
-func postmasterPID(dataDir string) int {
-	pid := recordedPID(dataDir)
-	if pid != 0 && alive(pid) && isPostmasterOf(pid, dataDir) {
+// postmasterPID returns the process of the live postmaster whose data are in
+// home, or 0. What is written there is believed only of processes of the account.
+func postmasterPID(home string, a account) int {
+	pid := recordedPID(home, a)
+	if pid != 0 && alive(pid) && runsAs(pid, a) && isPostmasterOf(pid, filepath.Join(home, dataName)) {
 		return pid
 	}
 	return 0
 }
 
 // recordedPID returns the process that postmaster.pid names, or 0.
-func recordedPID(dataDir string) int {
-	content, err := os.ReadFile(filepath.Join(dataDir, "postmaster.pid"))
+func recordedPID(home string, a account) int {
+	content, err := readFile(home, pidFile, a)
 	if err != nil {
 		return 0
 	}
@@ -289,24 +330,37 @@ func recordedPID(dataDir string) int {
 	return pid
 }
 
+// pidFile is the file in home in which the postmaster says who it is.
+var pidFile = filepath.Join(dataName, "postmaster.pid")
+
 // disownPID makes a postmaster.pid of a dead postmaster harmless whose process
 // number now belongs to somebody else, which happens in containers, where
 // numbers start over: Postgres would take that process for a postmaster and
 // refuse to start. With the number of this process, its future parent, it
 // recognizes the file as stale and still checks the shared memory that the
 // other lines describe. (Deleting the file would skip that check.)
-func disownPID(dataDir string) error {
-	path := filepath.Join(dataDir, "postmaster.pid")
-	content, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
+func disownPID(home string, a account) error {
+	return inDir(home, a, func(root *os.Root) error {
+		f, err := openFile(root, pidFile, os.O_RDWR, a)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		content, err := io.ReadAll(io.LimitReader(f, maxSmallFile))
+		if err != nil {
+			return err
+		}
+		_, rest, _ := strings.Cut(string(content), "\n")
+		// Written in place, so that owner and mode stay.
+		if err := f.Truncate(0); err != nil {
+			return err
+		}
+		_, err = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"+rest), 0)
 		return err
-	}
-	_, rest, _ := strings.Cut(string(content), "\n")
-	// Written in place, so that owner and mode stay.
-	return os.WriteFile(path, []byte(strconv.Itoa(os.Getpid())+"\n"+rest), 0o600)
+	})
 }
 
 // waitGone waits until process pid, which is not a child, has ended. It

@@ -16,7 +16,8 @@
 //	DIR/postgres/.s.PGSQL.*   its socket, unless the path is too long for one
 //
 // Started by root, Postgres runs as the user postgres (or nobody), since it
-// refuses to run as root; DIR/postgres then belongs to that user.
+// refuses to run as root; DIR/postgres then belongs to that user, and root follows
+// nothing that this user could have put there (files.go).
 package embedded
 
 import (
@@ -112,6 +113,8 @@ type Server struct {
 	stopping bool          // Stop was called
 	err      error         // why the postmaster ended
 	released bool          // directory and lock were given back
+
+	handedOver bool // root has been given up since Start
 }
 
 // Start starts the server and returns when it accepts connections; its first
@@ -193,18 +196,21 @@ func (s *Server) prepareDir() (err error) {
 		if dir, err = filepath.Abs(dir); err != nil {
 			return fmt.Errorf("embedded: %w", err)
 		}
-		if s.account, err = chooseAccount(filepath.Join(dir, homeName, dataName)); err != nil {
-			return err
-		}
-		if err := makeDir(dir, s.account); err != nil {
-			return fmt.Errorf("embedded: data directory: %w", err)
-		}
 		// Processes are recognized by their working directory, which has no
 		// symbolic links in it.
-		if s.dir, err = filepath.EvalSymlinks(dir); err != nil {
+		if s.dir, err = resolve(dir); err != nil {
 			return fmt.Errorf("embedded: data directory: %w", err)
 		}
-		if s.lock, err = lockDir(s.dir); errors.Is(err, ErrInUse) {
+		if s.account, err = chooseAccount(s.dir); err != nil {
+			return err
+		}
+		if err := checkPath(s.dir, s.account); err != nil {
+			return err
+		}
+		if err := makeDir(s.dir, s.account); err != nil {
+			return fmt.Errorf("embedded: data directory: %w", err)
+		}
+		if s.lock, err = lockDir(s.dir, s.account); errors.Is(err, ErrInUse) {
 			return fmt.Errorf("embedded: directory %s is %w: stop that process, or name another directory", s.dir, err)
 		} else if err != nil {
 			return fmt.Errorf("embedded: data directory: %w", err)
@@ -224,13 +230,27 @@ func (s *Server) prepareDir() (err error) {
 	return nil
 }
 
+// resolve follows the symbolic links in a path of which the end may not exist
+// yet.
+func resolve(path string) (string, error) {
+	real, err := filepath.EvalSymlinks(path)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return real, err
+	}
+	if _, err := os.Lstat(path); err == nil {
+		return "", fmt.Errorf("%s is a symbolic link that leads nowhere", path)
+	}
+	parent, err := resolve(filepath.Dir(path))
+	return filepath.Join(parent, filepath.Base(path)), err
+}
+
 // ephemeralParent returns the directory for temporary directories.
 func ephemeralParent(dir string, a account) (string, error) {
 	if dir == "" {
 		dir = os.TempDir()
 		// A TMPDIR inside a private home directory is of no use to another
 		// user.
-		if checkEntry(dir, a) != nil {
+		if checkEntry(dir, a) != nil || checkPath(dir, a) != nil {
 			dir = "/tmp"
 		}
 	} else if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -243,6 +263,9 @@ func ephemeralParent(dir string, a account) (string, error) {
 	if dir, err = filepath.EvalSymlinks(dir); err != nil {
 		return "", fmt.Errorf("embedded: directory for temporary directories: %w", err)
 	}
+	if err := checkPath(dir, a); err != nil {
+		return "", err
+	}
 	return dir, checkEntry(dir, a)
 }
 
@@ -250,7 +273,10 @@ func ephemeralParent(dir string, a account) (string, error) {
 // it stops a postmaster that still runs, and clears away traces of one that
 // does not. The lock is ours, so nobody else is using that postmaster.
 func (s *Server) settleLeftover(ctx context.Context) error {
-	if pid := postmasterPID(s.data); pid != 0 {
+	if _, err := readFile(s.home, pidFile, s.account); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("embedded: %w", err)
+	}
+	if pid := postmasterPID(s.home, s.account); pid != 0 {
 		s.log.Warn("stopping a postgres that an earlier run left behind", "pid", pid, "dir", s.dir)
 		if err := syscall.Kill(pid, syscall.SIGINT); err != nil && !errors.Is(err, syscall.ESRCH) {
 			return fmt.Errorf("embedded: stop the Postgres (process %d) that an earlier run left in %s: %w", pid, s.dir, err)
@@ -263,18 +289,23 @@ func (s *Server) settleLeftover(ctx context.Context) error {
 			case <-time.After(20 * time.Millisecond): // not a child: there is no event to wait for
 			}
 		}
-	} else if pid := recordedPID(s.data); pid != 0 && alive(pid) {
-		if err := disownPID(s.data); err != nil {
+	} else if pid := recordedPID(s.home, s.account); pid != 0 && alive(pid) {
+		if err := disownPID(s.home, s.account); err != nil {
 			return fmt.Errorf("embedded: %w", err)
 		}
 	}
 	// A leftover socket has a lock file, for which the same holds as for
 	// postmaster.pid; nobody uses it.
-	for _, suffix := range []string{"", ".lock"} {
-		path := filepath.Join(s.socket, ".s.PGSQL."+strconv.Itoa(s.cfg.Port)+suffix)
-		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("embedded: %w", err)
+	err := inDir(s.socket, s.account, func(root *os.Root) error {
+		for _, suffix := range []string{"", ".lock"} {
+			if err := root.Remove(".s.PGSQL." + strconv.Itoa(s.cfg.Port) + suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return err
+			}
 		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("embedded: %w", err)
 	}
 	return nil
 }
@@ -282,7 +313,7 @@ func (s *Server) settleLeftover(ctx context.Context) error {
 // prepareData finds the binaries and creates the data directory if there is
 // none. An existing one needs binaries of its own major version.
 func (s *Server) prepareData(ctx context.Context) error {
-	version, err := os.ReadFile(filepath.Join(s.data, "PG_VERSION"))
+	version, err := readFile(s.home, filepath.Join(dataName, "PG_VERSION"), s.account)
 	switch {
 	case err == nil:
 		major, err := strconv.Atoi(strings.TrimSpace(string(version)))
@@ -306,7 +337,7 @@ func (s *Server) prepareData(ctx context.Context) error {
 	default:
 		return fmt.Errorf("embedded: %w", err)
 	}
-	password, err := os.ReadFile(s.passwordFile())
+	password, err := readFile(s.home, passwordName, s.account)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("embedded: %w", err)
 	}
@@ -315,42 +346,71 @@ func (s *Server) prepareData(ctx context.Context) error {
 }
 
 // ownData gives a data directory that root made (a base backup, a restore) to
-// the account.
+// the account: what belongs to root in it, under one name only. Symbolic links
+// stay as they are.
 func (s *Server) ownData() error {
 	if !s.account.switched {
 		return nil
 	}
-	info, err := os.Stat(s.data)
-	if err != nil || info.Sys().(*syscall.Stat_t).Uid == s.account.uid {
-		return err
-	}
-	return filepath.WalkDir(s.home, func(path string, _ fs.DirEntry, err error) error {
-		if err != nil {
+	return inDir(s.home, s.account, func(home *os.Root) error {
+		info, err := home.Lstat(dataName)
+		if err != nil || ownerOf(info) == s.account.uid {
 			return err
 		}
-		return os.Lchown(path, int(s.account.uid), int(s.account.gid))
+		return fs.WalkDir(home.FS(), ".", func(path string, entry fs.DirEntry, err error) error {
+			if err != nil || !entry.IsDir() && !entry.Type().IsRegular() {
+				return err
+			}
+			f, err := home.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+			if err != nil {
+				return err
+			}
+			defer f.Close()
+			info, err := f.Stat()
+			if err != nil || ownerOf(info) == s.account.uid {
+				return err
+			}
+			if !info.IsDir() {
+				if err := s.account.checkFile(f); err != nil {
+					return err
+				}
+			}
+			return s.account.own(f)
+		})
 	})
 }
 
-func (s *Server) passwordFile() string { return filepath.Join(s.home, "password") }
+// passwordName is the file with the password of the superuser, which is needed
+// over TCP.
+const passwordName = "password"
 
 // createData creates the data directory. It appears under its name only when
 // it is complete.
 func (s *Server) createData(ctx context.Context) error {
 	// Whoever reaches the socket is trusted, since only the server's own user
 	// (and root) can; over TCP a password is needed.
-	if err := os.WriteFile(s.passwordFile(), []byte(rand.Text()+"\n"), 0o600); err != nil {
+	home, err := openDir(s.home, s.account)
+	if err != nil {
 		return err
 	}
-	if err := os.Lchown(s.passwordFile(), int(s.account.uid), int(s.account.gid)); err != nil {
+	defer home.Close()
+	if err := home.Remove(passwordName); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	password, err := openFile(home, passwordName, os.O_WRONLY|os.O_CREATE, s.account)
+	if err != nil {
+		return err
+	}
+	_, err = password.WriteString(rand.Text() + "\n")
+	if err := errors.Join(err, password.Close()); err != nil {
 		return err
 	}
 	unfinished := s.data + ".new"
-	if err := os.RemoveAll(unfinished); err != nil {
+	if err := home.RemoveAll(dataName + ".new"); err != nil {
 		return err
 	}
 	tool, args := "initdb", []string{
-		"--pgdata=" + unfinished, "--username=" + User, "--pwfile=" + s.passwordFile(),
+		"--pgdata=" + unfinished, "--username=" + User, "--pwfile=" + filepath.Join(s.home, passwordName),
 		"--auth-local=trust", "--auth-host=scram-sha-256",
 		"--encoding=UTF8", "--locale=C", "--data-checksums",
 	}
@@ -378,7 +438,7 @@ func (s *Server) createData(ctx context.Context) error {
 		}
 		return fmt.Errorf("%s as %s in %s: %w\n%s", tool, s.account.name, s.home, err, lastLines(out, 20))
 	}
-	return os.Rename(unfinished, s.data)
+	return home.Rename(dataName+".new", dataName)
 }
 
 // arguments returns the command line of the postmaster.
@@ -453,19 +513,11 @@ func (s *Server) run(ctx context.Context) error {
 // returns the size of the log before.
 func (s *Server) spawn() (from int64, err error) {
 	path := filepath.Join(s.home, logName)
-	if info, err := os.Stat(path); err == nil && info.Size() > maxLog {
-		if err := os.Rename(path, path+".1"); err != nil {
-			return 0, err
-		}
-	}
-	out, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	out, err := s.openLog()
 	if err != nil {
 		return 0, err
 	}
 	defer out.Close()
-	if err := out.Chown(int(s.account.uid), int(s.account.gid)); err != nil {
-		return 0, err
-	}
 	info, err := out.Stat()
 	if err != nil {
 		return 0, err
@@ -664,15 +716,41 @@ func (s *Server) release() error {
 		err = os.RemoveAll(s.socket)
 	}
 	if s.cfg.Ephemeral {
-		err = errors.Join(err, os.RemoveAll(s.dir))
+		removeErr := os.RemoveAll(s.dir)
+		if s.handedOver && errors.Is(removeErr, fs.ErrPermission) {
+			// The empty directory stays where only root may remove it, until the next start of an ephemeral server there.
+			if left, readErr := os.ReadDir(s.dir); readErr == nil && len(left) == 0 {
+				removeErr = nil
+			}
+		}
+		err = errors.Join(err, removeErr)
 	}
 	s.lock.release()
 	return err
 }
 
+// openLog opens the log, after setting an old one aside that has become long.
+func (s *Server) openLog() (out *os.File, err error) {
+	err = inDir(s.home, s.account, func(home *os.Root) error {
+		if info, err := home.Lstat(logName); err == nil && info.Size() > maxLog {
+			if err := home.Rename(logName, logName+".1"); err != nil {
+				return err
+			}
+		}
+		out, err = openFile(home, logName, os.O_WRONLY|os.O_CREATE|os.O_APPEND, s.account)
+		return err
+	})
+	return out, err
+}
+
 // logSince returns what the log holds from an offset.
 func (s *Server) logSince(from int64) []byte {
-	f, err := os.Open(s.LogFile())
+	home, err := openDir(s.home, s.account)
+	if err != nil {
+		return nil
+	}
+	defer home.Close()
+	f, err := openFile(home, logName, os.O_RDONLY, s.account)
 	if err != nil {
 		return nil
 	}

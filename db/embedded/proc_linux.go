@@ -19,6 +19,12 @@ func isPostmasterOf(pid int, dataDir string) bool {
 	return err == nil && cwd == dataDir
 }
 
+// runsAs reports whether a process is one of the account.
+func runsAs(pid int, a account) bool {
+	info, err := os.Stat("/proc/" + strconv.Itoa(pid))
+	return err == nil && ownerOf(info) == a.uid
+}
+
 // alive reports whether process pid exists and is not a zombie, which is what
 // an orphan stays in a container whose first process does not reap.
 func alive(pid int) bool {

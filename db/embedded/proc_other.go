@@ -21,5 +21,11 @@ func isPostmasterOf(pid int, dataDir string) bool {
 	return err == nil && strings.Contains(string(out), "-D "+dataDir+" ")
 }
 
+// runsAs reports whether a process is one of the account.
+func runsAs(pid int, a account) bool {
+	out, err := exec.Command("ps", "-o", "uid=", "-p", strconv.Itoa(pid)).Output()
+	return err == nil && strings.TrimSpace(string(out)) == strconv.FormatUint(uint64(a.uid), 10)
+}
+
 // alive reports whether process pid exists.
 func alive(pid int) bool { return syscall.Kill(pid, 0) != syscall.ESRCH }

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io/fs"
 	"net/url"
-	"os"
 	"path/filepath"
 	"strings"
 )
@@ -16,7 +15,11 @@ var ErrNotRunning = errors.New("no embedded postgres is running")
 // Running returns the connection string of the server that another process
 // runs with its data in dir, as [Server.ConnString] does there.
 func Running(dir string) (string, error) {
-	content, err := os.ReadFile(filepath.Join(dir, homeName, dataName, "postmaster.pid"))
+	a, err := chooseAccount(dir)
+	if err != nil {
+		return "", err
+	}
+	content, err := readFile(filepath.Join(dir, homeName), pidFile, a)
 	if errors.Is(err, fs.ErrNotExist) {
 		return "", fmt.Errorf("%w in %s", ErrNotRunning, dir)
 	}
