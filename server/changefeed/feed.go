@@ -45,9 +45,6 @@ var (
 // ErrStopped is what cursors get when the feed has stopped.
 var ErrStopped = errors.New("the change feed has stopped")
 
-// DefaultPollInterval is how often changes are looked for unasked, if nothing else is configured.
-const DefaultPollInterval = 2 * time.Second
-
 // Config of a Feed. All fields without a stated default are required.
 type Config struct {
 	// Queries reads the database for all streams together.
@@ -59,6 +56,9 @@ type Config struct {
 	// Settle makes sure that the server is one that this replica may use, and begins its epoch. It is called
 	// when the database can be read again.
 	Settle func(context.Context) error
+	// Doubt is told that a connection to the database does not answer what takes no time, so that others like it are not
+	// waited for. It must not block. Nil is allowed.
+	Doubt func(error)
 	// Encode turns a change into the bytes that every stream sends. It is called once for each change
 	// in the ring, and once for each change that a stream behind the ring reads. Nil leaves the change out: of data that
 	// cannot be delivered.
@@ -150,7 +150,7 @@ func (v *view) ringOfType(recordType string) *ring {
 // New returns a feed that does nothing until Run.
 func New(config Config) *Feed {
 	config.RingBytes = cmp.Or(config.RingBytes, 64<<20)
-	config.PollInterval = cmp.Or(config.PollInterval, DefaultPollInterval)
+	config.PollInterval = cmp.Or(config.PollInterval, 2*time.Second)
 	config.Logger = cmp.Or(config.Logger, slog.Default())
 	config.Streams = cmp.Or(config.Streams, config.Queries)
 	if config.Guard == nil {
@@ -164,11 +164,15 @@ func New(config Config) *Feed {
 
 		followers: newFollowers(),
 	}
+	if config.Doubt == nil {
+		config.Doubt = func(error) {}
+		f.config.Doubt = config.Doubt
+	}
 	f.listener = &listener{
 		connect: config.Listen,
+		doubt:   config.Doubt,
 		logger:  config.Logger,
 		stats:   &f.stats,
-		retry:   config.PollInterval,
 		wake: map[string]func(){
 			channelChanges:  f.Wake,
 			channelServices: config.OnServices,
@@ -425,9 +429,6 @@ func (c *Cursor) Next(ctx context.Context, wait bool) (Event, error) {
 					return Event{}, err
 				}
 				retry, end = time.After(retryTime), true
-			}
-			if end && wait && c.version < v.head {
-				retry = time.After(retryTime) // another standby, which is behind the one that the tailer has read
 			}
 		default:
 			c.ahead = c.version > v.head

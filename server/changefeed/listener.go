@@ -16,9 +16,12 @@ import (
 
 const (
 	// quietTime is how long the listener hears nothing before it asks whether the connection is alive.
-	quietTime = 10 * time.Second
-	// answerTime is how long it then waits: a half-open connection looks healthy for ever.
-	answerTime = 5 * time.Second
+	quietTime = 500 * time.Millisecond
+	// answerTime is how long it then waits: a half-open connection looks healthy for ever. Both together are within the
+	// 2 s that docs/recovery.md promises.
+	answerTime = time.Second
+	// maxAnswerTime is how long it waits where answers have been late, as on a machine that is overloaded.
+	maxAnswerTime = 5 * time.Second
 	// pooledTime is how long the listener waits before it looks again whether a pooler carries notifications.
 	pooledTime = time.Minute
 )
@@ -27,10 +30,11 @@ const (
 type listener struct {
 	connect func(context.Context) (*pgx.Conn, error)
 	wake    map[string]func() // by channel; nil entries are not listened to
+	doubt   func(error)       // is told that a connection does not answer
 	logger  *slog.Logger
 	stats   *stats
-	retry   time.Duration // how often to look whether a standby has been promoted
-	told    bool          // that it is one
+
+	patience time.Duration // answerTime, or longer
 }
 
 // run listens until ctx ends, and reconnects as often as it takes.
@@ -42,15 +46,14 @@ func (l *listener) run(ctx context.Context) {
 	for ctx.Err() == nil {
 		connected, err := l.listen(ctx)
 		l.stats.listening.Store(false)
+		if errors.Is(err, context.DeadlineExceeded) {
+			l.patience = min(2*max(l.patience, answerTime), maxAnswerTime)
+		}
 		if ctx.Err() != nil {
 			return
 		}
 		if connected {
 			delay.Reset()
-		}
-		if db.IsReadOnly(err) {
-			l.awaitPromotion(ctx)
-			continue
 		}
 		wait, level := delay.NextBackOff(), slog.LevelWarn
 		if errors.Is(err, db.ErrTransactionPooler) {
@@ -66,23 +69,6 @@ func (l *listener) run(ctx context.Context) {
 		select {
 		case <-time.After(wait):
 		case <-ctx.Done():
-		}
-	}
-}
-
-// awaitPromotion waits as long as the server is a standby, where LISTEN is not allowed.
-func (l *listener) awaitPromotion(ctx context.Context) {
-	if !l.told {
-		l.told = true
-		l.logger.InfoContext(ctx, "the server is a standby, which announces nothing: changes are found by polling")
-	}
-	tick := time.NewTicker(l.retry)
-	defer tick.Stop()
-	for began := time.Now(); l.stats.standby.Load() || time.Since(began) < l.retry; {
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return
 		}
 	}
 }
@@ -111,7 +97,6 @@ func (l *listener) listen(ctx context.Context) (connected bool, err error) {
 	}
 	l.stats.connects.Add(1)
 	l.stats.listening.Store(true)
-	l.told = false
 	// What was announced before we listened is in the tables.
 	for _, wake := range l.wake {
 		if wake != nil {
@@ -130,7 +115,7 @@ func (l *listener) listen(ctx context.Context) (connected bool, err error) {
 }
 
 func (l *listener) listenTo(ctx context.Context, conn *pgx.Conn, channel string) error {
-	answer, cancel := context.WithTimeout(ctx, answerTime)
+	answer, cancel := l.wait(ctx)
 	defer cancel()
 	_, err := conn.Exec(answer, "LISTEN "+pgx.Identifier{channel}.Sanitize())
 	return err
@@ -139,7 +124,7 @@ func (l *listener) listenTo(ctx context.Context, conn *pgx.Conn, channel string)
 // selfTest checks that a notification arrives at all: behind a pooler in transaction mode LISTEN succeeds
 // and nothing ever comes.
 func (l *listener) selfTest(ctx context.Context, conn *pgx.Conn) error {
-	testing, cancel := context.WithTimeout(ctx, answerTime)
+	testing, cancel := l.wait(ctx)
 	defer cancel()
 	if _, err := conn.Exec(testing, "NOTIFY "+pgx.Identifier{channelServices}.Sanitize()+", 'test'"); err != nil {
 		return fmt.Errorf("notify myself: %w", err)
@@ -163,11 +148,32 @@ func (l *listener) waitFor(ctx context.Context, conn *pgx.Conn) (*pgconn.Notific
 		if !errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil {
 			return nil, fmt.Errorf("wait for notifications: %w", err)
 		}
-		answer, cancel := context.WithTimeout(ctx, answerTime)
-		err = conn.Ping(answer)
-		cancel()
-		if err != nil {
+		if err := l.ping(ctx, conn); err != nil {
 			return nil, fmt.Errorf("ping: %w", err)
 		}
 	}
 }
+
+// ping asks whether the connection is alive. One that does not answer is hardly the only one.
+func (l *listener) ping(ctx context.Context, conn *pgx.Conn) error {
+	answer, cancel := l.wait(ctx)
+	defer cancel()
+	began := time.Now()
+	err := conn.Ping(answer)
+	switch {
+	case err == nil:
+		// Where answers take long, some will take longer.
+		l.patience = min(max(answerTime, 4*time.Since(began)), maxAnswerTime)
+	case ctx.Err() == nil && answer.Err() != nil:
+		l.doubt(errUnanswered)
+	}
+	return err
+}
+
+// wait bounds how long an answer is waited for.
+func (l *listener) wait(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(ctx, max(l.patience, answerTime))
+}
+
+// errUnanswered is why connections are doubted.
+var errUnanswered = errors.New("the connection that listens does not answer")

@@ -18,7 +18,6 @@ type Stats struct {
 
 type stats struct {
 	listening   atomic.Bool
-	standby     atomic.Bool // the server read last is one
 	connects    atomic.Int64
 	tailReads   atomic.Int64
 	tableReads  atomic.Int64

@@ -2,6 +2,7 @@ package changefeed
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"time"
@@ -18,23 +19,44 @@ const (
 // unreadTime is how long after a failed read the tailer tries again: streams and health wait for that.
 const unreadTime = 250 * time.Millisecond
 
+// A read that has not been answered for readTime was sent on a connection that leads nowhere, or to a server that is overloaded: it is
+// made again on another one, and has longer, up to maxReadTime. Without that it would be waited for as long as for a statement of
+// which nothing is known.
+const (
+	readTime    = time.Second
+	maxReadTime = 8 * time.Second
+)
+
+// settleTime is how long it may take to settle with a server.
+const settleTime = 5 * time.Second
+
+// errReadUnanswered is why connections are doubted.
+var errReadUnanswered = errors.New("a read of the change log is not answered")
+
 // restTime is the time between reads while nobody follows: long enough that single writes, each of which wakes all
 // replicas, are not each read by replicas without streams, and short enough for options.
 const restTime = 50 * time.Millisecond
 
-// standbyInterval is how often the tailer looks on a standby, where LISTEN is not allowed: so much later than the standby itself
-// streams have a change.
-const standbyInterval = 250 * time.Millisecond
-
 // tail publishes what is new at each wake-up and on a slow tick, until ctx ends.
 func (f *Feed) tail(ctx context.Context) {
-	tick := time.NewTimer(f.config.PollInterval)
+	tick := time.NewTicker(f.config.PollInterval)
 	defer tick.Stop()
 	asked := true
+	limit := readTime
 	for {
-		found, more, err := f.readNew(ctx)
-		if ctx.Err() != nil {
+		began := time.Now()
+		reading, cancel := context.WithTimeout(ctx, limit)
+		found, more, err := f.readNew(reading)
+		late := reading.Err() != nil
+		cancel()
+		switch {
+		case ctx.Err() != nil:
 			return
+		case err == nil:
+			limit = min(max(readTime, 4*time.Since(began)), maxReadTime)
+		case late:
+			limit = min(2*limit, maxReadTime)
+			f.config.Doubt(errReadUnanswered)
 		}
 		f.noteRead(ctx, err)
 		if found > 0 && !asked && f.stats.listening.Load() {
@@ -43,7 +65,6 @@ func (f *Feed) tail(ctx context.Context) {
 		if more {
 			continue
 		}
-		tick.Reset(f.pollInterval())
 		var retry <-chan time.Time
 		if err != nil {
 			retry = time.After(unreadTime)
@@ -60,14 +81,6 @@ func (f *Feed) tail(ctx context.Context) {
 		}
 		f.rest(ctx)
 	}
-}
-
-// pollInterval is how long the tailer waits at most. A standby announces nothing.
-func (f *Feed) pollInterval() time.Duration {
-	if f.stats.standby.Load() {
-		return min(f.config.PollInterval, standbyInterval)
-	}
-	return f.config.PollInterval
 }
 
 // rest waits a moment if nobody follows, or until somebody does.
@@ -93,7 +106,10 @@ func (f *Feed) noteRead(ctx context.Context, err error) {
 	case err == nil && before != nil:
 		// The server may be another one than before: its epoch begins now, not at the next write, so that
 		// streams which have seen what it lacks are told.
-		if err = f.config.Settle(ctx); err != nil {
+		settling, cancel := context.WithTimeout(ctx, settleTime)
+		err = f.config.Settle(settling)
+		cancel()
+		if err != nil {
 			f.logger.WarnContext(ctx, "cannot settle with the database", "error", err)
 			return
 		}
@@ -121,7 +137,6 @@ func (f *Feed) readNew(ctx context.Context) (found int, more bool, err error) {
 	}
 	f.stats.tailReads.Add(1)
 	first := &rows[0]
-	f.stats.standby.Store(first.Standby)
 	options := v.options
 	if options == nil || options.version != first.OptionsVersion {
 		if options, err = f.readOptions(ctx, first.OptionsVersion); err != nil {
@@ -132,16 +147,8 @@ func (f *Feed) readNew(ctx context.Context) (found int, more bool, err error) {
 	case v.serverVersion != first.ServerVersion:
 		f.restart(ctx, options, first)
 		return 0, false, nil
-	case first.Standby && first.Lost == 0 && first.LatestVersion < v.head:
-		return 0, false, nil // it is behind the one that was read before, and will follow
 	case versionsLost(v, first) > 0:
-		err := f.forgetLost(ctx, v)
-		if db.IsReadOnly(err) {
-			// Nobody can be told by the data set. Streams that have seen what is lost are told when they come to it in the table.
-			f.restart(ctx, options, first)
-			return 0, false, nil
-		}
-		return 0, false, err
+		return 0, false, f.forgetLost(ctx, v)
 	case first.Version == 0:
 		if options != v.options {
 			f.publish(func(v *view) { v.options = options })

@@ -233,11 +233,8 @@ func (w *world) awaitVersion(version uint64) {
 	})
 }
 
-// pause stops the writers, if there are any.
+// pause stops the writers.
 func (w *world) pause() {
-	if w.writers == nil {
-		return
-	}
 	w.stopWrite()
 	_ = w.writers.Wait() // failures are noted
 }
