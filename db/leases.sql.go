@@ -12,11 +12,11 @@ import (
 )
 
 const leaseAcquire = `-- name: LeaseAcquire :one
-INSERT INTO pgbroker.leases AS l (name, id, expires_at)
-VALUES ($1, gen_random_uuid()::text, clock_timestamp() + $2::interval)
+INSERT INTO pgbroker.leases AS l (name, id, duration, expires_at)
+VALUES ($1, gen_random_uuid()::text, $2::interval, clock_timestamp() + $2::interval)
 ON CONFLICT (name) DO UPDATE
-  SET id = excluded.id, acquired_at = excluded.acquired_at, expires_at = excluded.expires_at
-  WHERE l.expires_at < clock_timestamp()
+  SET id = excluded.id, acquired_at = excluded.acquired_at, duration = excluded.duration, expires_at = excluded.expires_at
+  WHERE l.expires_at < clock_timestamp() OR l.expires_at > clock_timestamp() + l.duration + interval '1 second'
 RETURNING id
 `
 
@@ -25,13 +25,14 @@ type LeaseAcquireParams struct {
 	Duration time.Duration
 }
 
-// Takes a lease that nobody holds; no row if somebody does. The database's clock decides.
+// Takes a lease that nobody holds; no row if somebody does. The database's clock decides. It may have been ahead: a lease that ends
+// later than it could if it had just been taken is free, but for a second by which clocks are put right all the time.
 //
-//	INSERT INTO pgbroker.leases AS l (name, id, expires_at)
-//	VALUES ($1, gen_random_uuid()::text, clock_timestamp() + $2::interval)
+//	INSERT INTO pgbroker.leases AS l (name, id, duration, expires_at)
+//	VALUES ($1, gen_random_uuid()::text, $2::interval, clock_timestamp() + $2::interval)
 //	ON CONFLICT (name) DO UPDATE
-//	  SET id = excluded.id, acquired_at = excluded.acquired_at, expires_at = excluded.expires_at
-//	  WHERE l.expires_at < clock_timestamp()
+//	  SET id = excluded.id, acquired_at = excluded.acquired_at, duration = excluded.duration, expires_at = excluded.expires_at
+//	  WHERE l.expires_at < clock_timestamp() OR l.expires_at > clock_timestamp() + l.duration + interval '1 second'
 //	RETURNING id
 func (q *Queries) LeaseAcquire(ctx context.Context, arg LeaseAcquireParams) (string, error) {
 	row := q.db.QueryRow(ctx, leaseAcquire, arg.Name, arg.Duration)
@@ -61,12 +62,12 @@ func (q *Queries) LeaseRelease(ctx context.Context, arg LeaseReleaseParams) (int
 }
 
 const leaseRenew = `-- name: LeaseRenew :execrows
-INSERT INTO pgbroker.leases AS l (name, id, expires_at)
-VALUES ($1, $2, clock_timestamp() + $3::interval)
+INSERT INTO pgbroker.leases AS l (name, id, duration, expires_at)
+VALUES ($1, $2, $3::interval, clock_timestamp() + $3::interval)
 ON CONFLICT (name) DO UPDATE
-  SET id = excluded.id, expires_at = excluded.expires_at,
+  SET id = excluded.id, duration = excluded.duration, expires_at = excluded.expires_at,
       acquired_at = CASE WHEN l.id = excluded.id THEN l.acquired_at ELSE excluded.acquired_at END
-  WHERE l.id = excluded.id OR l.expires_at < clock_timestamp()
+  WHERE l.id = excluded.id OR l.expires_at < clock_timestamp() OR l.expires_at > clock_timestamp() + l.duration + interval '1 second'
 `
 
 type LeaseRenewParams struct {
@@ -77,12 +78,12 @@ type LeaseRenewParams struct {
 
 // Prolongs a lease, and takes it again if it has lapsed and nobody else holds it; no row if somebody does.
 //
-//	INSERT INTO pgbroker.leases AS l (name, id, expires_at)
-//	VALUES ($1, $2, clock_timestamp() + $3::interval)
+//	INSERT INTO pgbroker.leases AS l (name, id, duration, expires_at)
+//	VALUES ($1, $2, $3::interval, clock_timestamp() + $3::interval)
 //	ON CONFLICT (name) DO UPDATE
-//	  SET id = excluded.id, expires_at = excluded.expires_at,
+//	  SET id = excluded.id, duration = excluded.duration, expires_at = excluded.expires_at,
 //	      acquired_at = CASE WHEN l.id = excluded.id THEN l.acquired_at ELSE excluded.acquired_at END
-//	  WHERE l.id = excluded.id OR l.expires_at < clock_timestamp()
+//	  WHERE l.id = excluded.id OR l.expires_at < clock_timestamp() OR l.expires_at > clock_timestamp() + l.duration + interval '1 second'
 func (q *Queries) LeaseRenew(ctx context.Context, arg LeaseRenewParams) (int64, error) {
 	result, err := q.db.Exec(ctx, leaseRenew, arg.Name, arg.ID, arg.Duration)
 	if err != nil {

@@ -117,25 +117,22 @@ func (q *Queries) OptionsSet(ctx context.Context, arg OptionsSetParams) (Options
 
 const typeIndexed = `-- name: TypeIndexed :exec
 UPDATE pgbroker.record_types
-SET indexed_fields = ARRAY(SELECT DISTINCT f FROM unnest(indexed_fields || $1::text[]) AS f ORDER BY f),
-    expiry_applied = $2::text
-WHERE type = $3
+SET indexed_fields = projected_fields, expiry_applied = expiry_field, indexed_version = index_version
+WHERE type = $1 AND index_version = $2
 `
 
 type TypeIndexedParams struct {
-	Fields      []string
-	ExpiryField *string
-	Type        string
+	Type         string
+	IndexVersion int64
 }
 
-// Notes that every record of a type is indexed by the given fields, and expires by the given one.
+// Notes that every record of a type is indexed as it was to be when the work began, unless that has changed since.
 //
 //	UPDATE pgbroker.record_types
-//	SET indexed_fields = ARRAY(SELECT DISTINCT f FROM unnest(indexed_fields || $1::text[]) AS f ORDER BY f),
-//	    expiry_applied = $2::text
-//	WHERE type = $3
+//	SET indexed_fields = projected_fields, expiry_applied = expiry_field, indexed_version = index_version
+//	WHERE type = $1 AND index_version = $2
 func (q *Queries) TypeIndexed(ctx context.Context, arg TypeIndexedParams) error {
-	_, err := q.db.Exec(ctx, typeIndexed, arg.Fields, arg.ExpiryField, arg.Type)
+	_, err := q.db.Exec(ctx, typeIndexed, arg.Type, arg.IndexVersion)
 	return err
 }
 
@@ -326,20 +323,18 @@ func (q *Queries) TypesList(ctx context.Context) ([]string, error) {
 }
 
 const typesToReindex = `-- name: TypesToReindex :many
-SELECT type, projected_fields, expiry_field FROM pgbroker.record_types
-WHERE NOT projected_fields <@ indexed_fields OR expiry_field IS DISTINCT FROM expiry_applied ORDER BY type
+SELECT type, projected_fields, index_version FROM pgbroker.record_types WHERE index_version <> indexed_version ORDER BY type
 `
 
 type TypesToReindexRow struct {
 	Type            string
 	ProjectedFields []string
-	ExpiryField     *string
+	IndexVersion    int64
 }
 
 // Types with fields that not every record is indexed by, or of which the expiry is not computed everywhere.
 //
-//	SELECT type, projected_fields, expiry_field FROM pgbroker.record_types
-//	WHERE NOT projected_fields <@ indexed_fields OR expiry_field IS DISTINCT FROM expiry_applied ORDER BY type
+//	SELECT type, projected_fields, index_version FROM pgbroker.record_types WHERE index_version <> indexed_version ORDER BY type
 func (q *Queries) TypesToReindex(ctx context.Context) ([]TypesToReindexRow, error) {
 	rows, err := q.db.Query(ctx, typesToReindex)
 	if err != nil {
@@ -349,7 +344,7 @@ func (q *Queries) TypesToReindex(ctx context.Context) ([]TypesToReindexRow, erro
 	var items []TypesToReindexRow
 	for rows.Next() {
 		var i TypesToReindexRow
-		if err := rows.Scan(&i.Type, &i.ProjectedFields, &i.ExpiryField); err != nil {
+		if err := rows.Scan(&i.Type, &i.ProjectedFields, &i.IndexVersion); err != nil {
 			return nil, err
 		}
 		items = append(items, i)

@@ -694,10 +694,11 @@ func (q *Queries) SecretFieldsList(ctx context.Context) ([]PgbrokerSecretField, 
 }
 
 const sweepDone = `-- name: SweepDone :exec
+
 UPDATE pgbroker.schema_state SET swept = true WHERE version = $1
 `
 
-// SweepDone
+// the clock was ahead
 //
 //	UPDATE pgbroker.schema_state SET swept = true WHERE version = $1
 func (q *Queries) SweepDone(ctx context.Context, version int64) error {
@@ -707,7 +708,8 @@ func (q *Queries) SweepDone(ctx context.Context, version int64) error {
 
 const sweepDue = `-- name: SweepDue :many
 SELECT version, record_version FROM pgbroker.schema_state
-WHERE NOT swept AND changed_at < clock_timestamp() - $1::interval
+WHERE NOT swept
+  AND (changed_at < clock_timestamp() - $1::interval OR changed_at > clock_timestamp() + interval '1 second')
 `
 
 type SweepDueRow struct {
@@ -719,7 +721,8 @@ type SweepDueRow struct {
 // projected by those before, for as long as a replica may not have heard of it.
 //
 //	SELECT version, record_version FROM pgbroker.schema_state
-//	WHERE NOT swept AND changed_at < clock_timestamp() - $1::interval
+//	WHERE NOT swept
+//	  AND (changed_at < clock_timestamp() - $1::interval OR changed_at > clock_timestamp() + interval '1 second')
 func (q *Queries) SweepDue(ctx context.Context, grace time.Duration) ([]SweepDueRow, error) {
 	rows, err := q.db.Query(ctx, sweepDue, grace)
 	if err != nil {

@@ -14,7 +14,7 @@ import (
 const servicesList = `-- name: ServicesList :many
 SELECT kind, endpoint, (least(expires_at, clock_timestamp() + interval '1 hour') - clock_timestamp())::interval AS remaining
 FROM pgbroker.services
-WHERE expires_at > clock_timestamp()
+WHERE expires_at > clock_timestamp() AND reported_at < clock_timestamp() + interval '1 minute' -- or the clock was ahead
 ORDER BY kind, endpoint
 `
 
@@ -29,7 +29,7 @@ type ServicesListRow struct {
 //
 //	SELECT kind, endpoint, (least(expires_at, clock_timestamp() + interval '1 hour') - clock_timestamp())::interval AS remaining
 //	FROM pgbroker.services
-//	WHERE expires_at > clock_timestamp()
+//	WHERE expires_at > clock_timestamp() AND reported_at < clock_timestamp() + interval '1 minute' -- or the clock was ahead
 //	ORDER BY kind, endpoint
 func (q *Queries) ServicesList(ctx context.Context) ([]ServicesListRow, error) {
 	rows, err := q.db.Query(ctx, servicesList)
@@ -52,12 +52,12 @@ func (q *Queries) ServicesList(ctx context.Context) ([]ServicesListRow, error) {
 }
 
 const servicesPurge = `-- name: ServicesPurge :execrows
-DELETE FROM pgbroker.services WHERE expires_at <= clock_timestamp()
+DELETE FROM pgbroker.services WHERE expires_at <= clock_timestamp() OR reported_at >= clock_timestamp() + interval '1 minute'
 `
 
 // ServicesPurge
 //
-//	DELETE FROM pgbroker.services WHERE expires_at <= clock_timestamp()
+//	DELETE FROM pgbroker.services WHERE expires_at <= clock_timestamp() OR reported_at >= clock_timestamp() + interval '1 minute'
 func (q *Queries) ServicesPurge(ctx context.Context) (int64, error) {
 	result, err := q.db.Exec(ctx, servicesPurge)
 	if err != nil {

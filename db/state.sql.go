@@ -128,7 +128,9 @@ WITH replaced AS (
   WHERE server_version = $1
   RETURNING server_version
 )
-SELECT count(pg_notify('pgbroker_changes', '')) FROM replaced
+SELECT count(*) FROM (
+  SELECT CASE WHEN pg_notification_queue_usage() < 0.5 THEN pg_notify('pgbroker_changes', '') END FROM replaced OFFSET 0
+) AS announced
 `
 
 // Makes every client forget everything, unless somebody else has already seen to that: then the result is 0.
@@ -138,7 +140,9 @@ SELECT count(pg_notify('pgbroker_changes', '')) FROM replaced
 //	  WHERE server_version = $1
 //	  RETURNING server_version
 //	)
-//	SELECT count(pg_notify('pgbroker_changes', '')) FROM replaced
+//	SELECT count(*) FROM (
+//	  SELECT CASE WHEN pg_notification_queue_usage() < 0.5 THEN pg_notify('pgbroker_changes', '') END FROM replaced OFFSET 0
+//	) AS announced
 func (q *Queries) StateReplaceServerVersion(ctx context.Context, serverVersion int64) (int64, error) {
 	row := q.db.QueryRow(ctx, stateReplaceServerVersion, serverVersion)
 	var count int64

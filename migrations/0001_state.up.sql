@@ -33,7 +33,8 @@ CREATE TABLE pgbroker.state (
   options_version   bigint      NOT NULL DEFAULT 1,
   system_identifier bigint      NOT NULL,
   timeline          bigint      NOT NULL,
-  server_started    timestamptz NOT NULL DEFAULT '-infinity'
+  server_started    timestamptz NOT NULL DEFAULT '-infinity',
+  max_record_bytes  integer     NOT NULL DEFAULT 4190208 CHECK (max_record_bytes BETWEEN 16384 AND 67108864)
 );
 COMMENT ON TABLE  pgbroker.state IS 'One row: which data set this is and where its versions are issued.';
 COMMENT ON COLUMN pgbroker.state.singleton IS 'Always true: there is one row.';
@@ -42,6 +43,9 @@ COMMENT ON COLUMN pgbroker.state.base_version IS 'Latest record version when the
 COMMENT ON COLUMN pgbroker.state.options_version IS 'Raised by every change of a record type''s options, so that replicas reload them.';
 COMMENT ON COLUMN pgbroker.state.system_identifier IS 'Cluster that issued the latest versions (pg_control_system).';
 COMMENT ON COLUMN pgbroker.state.timeline IS 'Timeline on which the latest versions were issued.';
+COMMENT ON COLUMN pgbroker.state.max_record_bytes IS
+  'Largest payload that is taken, however it is written. By default it is what standard clients accept (4 MiB), without 4 KiB for '
+  'all that is not payload. A replica takes less if its max_message_size is less.';
 COMMENT ON COLUMN pgbroker.state.server_started IS
   'Start time of the server process that issued the latest versions. Another one has its system identifier compared; where '
   'the timeline is hidden, it counts as another server.';

@@ -1,18 +1,21 @@
 -- Records, what text queries search of them, and the options and counts of each type.
 
 CREATE TABLE pgbroker.record_types (
-  type              text     COLLATE "C" PRIMARY KEY,
+  type              text     COLLATE "C" PRIMARY KEY CHECK (octet_length(type) <= 512),
   record_count      bigint   NOT NULL DEFAULT 0 CHECK (record_count >= 0),
   builtin           boolean  NOT NULL DEFAULT false,
   capacity          bigint   CHECK (capacity >= 0),
-  ttl               interval,
-  idle_timeout      interval CHECK (idle_timeout > interval '0'),
+  ttl               interval CHECK (ttl BETWEEN interval '0' AND interval '36500 days'),
+  idle_timeout      interval CHECK (idle_timeout > interval '0' AND idle_timeout <= interval '36500 days'),
   user_limit        integer  CHECK (user_limit > 0),
   expiry_field      text,
   expiry_applied    text,
   indexable_fields  text[]   NOT NULL DEFAULT '{}',
+  builtin_fields    text[]   NOT NULL DEFAULT '{}',
   projected_fields  text[]   NOT NULL DEFAULT '{}',
   indexed_fields    text[]   NOT NULL DEFAULT '{}',
+  index_version     bigint   NOT NULL DEFAULT 0,
+  indexed_version   bigint   NOT NULL DEFAULT 0,
   purged_version    bigint   NOT NULL DEFAULT 0,
   audited           boolean  NOT NULL DEFAULT false
 ) WITH (fillfactor = 50);
@@ -30,10 +33,23 @@ COMMENT ON COLUMN pgbroker.record_types.expiry_field IS 'Payload field whose tim
 COMMENT ON COLUMN pgbroker.record_types.expiry_applied IS
   'The expiry_field that expires_at of every record was computed from; where it differs, that is being done in the background.';
 COMMENT ON COLUMN pgbroker.record_types.indexable_fields IS 'Option: payload fields that filters should find by index.';
-COMMENT ON COLUMN pgbroker.record_types.projected_fields IS 'Fields that every write of the type puts into records.index_fields; only ever grows.';
+COMMENT ON COLUMN pgbroker.record_types.builtin_fields IS 'Payload fields by which the product itself looks records up.';
+COMMENT ON COLUMN pgbroker.record_types.projected_fields IS
+  'Fields that every write of the type puts into records.index_fields: indexable_fields, builtin_fields and what user_limit needs.';
 COMMENT ON COLUMN pgbroker.record_types.indexed_fields IS 'Fields that records.index_fields holds for every record of the type, so that filters may rely on it.';
+COMMENT ON COLUMN pgbroker.record_types.index_version IS 'Raised by each change of projected_fields or expiry_field.';
+COMMENT ON COLUMN pgbroker.record_types.indexed_version IS
+  'The index_version that every record is indexed by; where it is another, that is being done in the background.';
 COMMENT ON COLUMN pgbroker.record_types.purged_version IS 'Highest tombstone version of the type that retention has removed from the change log.';
 COMMENT ON COLUMN pgbroker.record_types.audited IS 'Whether it is written to the audit when records of the type end or change hands.';
+
+CREATE FUNCTION pgbroker.short_key(words text) RETURNS text
+  -- Not strict, so that it can be inlined.
+  LANGUAGE sql IMMUTABLE PARALLEL SAFE
+  RETURN CASE WHEN length(words) <= 600 THEN words
+    ELSE left(words, 500) || '…' || encode(sha256(replace(words, '\', '\\')::bytea), 'hex') END;
+COMMENT ON FUNCTION pgbroker.short_key(text) IS
+  'A text that fits an index: a long one by its beginning and its hash, so that different ones stay different.';
 
 CREATE TABLE pgbroker.records (
   type         text        COLLATE "C" NOT NULL,
@@ -106,12 +122,12 @@ COMMENT ON INDEX pgbroker.records_expires_at IS 'Expiry: records whose expires_a
 
 -- On index_fields, which a write changes only if a field in it changes: updates stay HOT. The collation is that of ids, or
 -- the index could not be used to join users with their sessions.
-CREATE INDEX records_session_user ON pgbroker.records ((left(index_fields ->> 'user_id', 600) COLLATE "C"))
+CREATE INDEX records_session_user ON pgbroker.records ((pgbroker.short_key(index_fields ->> 'user_id') COLLATE "C"))
   WHERE type = 'type.googleapis.com/session.Session';
 COMMENT ON INDEX pgbroker.records_session_user IS 'The view sessions by user_id: who is logged in, and revoking by hand.';
 
 -- PostgreSQL does not ask partial indexes how many rows a value has.
-CREATE STATISTICS pgbroker.records_session_user ON (left(index_fields ->> 'user_id', 600) COLLATE "C") FROM pgbroker.records;
+CREATE STATISTICS pgbroker.records_session_user ON (pgbroker.short_key(index_fields ->> 'user_id') COLLATE "C") FROM pgbroker.records;
 COMMENT ON STATISTICS pgbroker.records_session_user IS 'Users have few sessions each: joins with sessions are planned by that.';
 
 -- In a table of its own: a query reads nothing else then, and a write of a record leaves it alone unless its

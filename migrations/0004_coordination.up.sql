@@ -1,20 +1,23 @@
 -- Leases, the service registry, and the replication checkpoint.
 
 CREATE TABLE pgbroker.leases (
-  name        text        COLLATE "C" PRIMARY KEY,
-  id          text        NOT NULL,
+  name        text        COLLATE "C" PRIMARY KEY CHECK (octet_length(name) <= 512),
+  id          text        NOT NULL CHECK (octet_length(id) <= 256),
   acquired_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+  duration    interval    NOT NULL DEFAULT interval '1 day',
   expires_at  timestamptz NOT NULL
 ) WITH (fillfactor = 50);
-COMMENT ON TABLE  pgbroker.leases IS 'Who may do a job at the moment. Only the database''s clock decides; an expired row is free to take.';
+COMMENT ON TABLE  pgbroker.leases IS 'Who may do a job at the moment. Only the database''s clock decides; an expired row is free to take, and so is '
+  'one that ends later than anybody can have asked for, since the clock was ahead when it was taken.';
 COMMENT ON COLUMN pgbroker.leases.name IS 'The job.';
 COMMENT ON COLUMN pgbroker.leases.id IS 'Secret of the holder: whoever knows it may renew or release.';
 COMMENT ON COLUMN pgbroker.leases.acquired_at IS 'When the present holder took it.';
+COMMENT ON COLUMN pgbroker.leases.duration IS 'For how long it was asked for, the latest time.';
 COMMENT ON COLUMN pgbroker.leases.expires_at IS 'When it ends unless renewed.';
 
 CREATE TABLE pgbroker.services (
   kind        integer     NOT NULL,
-  endpoint    text        COLLATE "C" NOT NULL,
+  endpoint    text        COLLATE "C" NOT NULL CHECK (octet_length(endpoint) <= 2048),
   reported_at timestamptz NOT NULL DEFAULT clock_timestamp(),
   expires_at  timestamptz NOT NULL,
   PRIMARY KEY (kind, endpoint)
@@ -41,7 +44,7 @@ INSERT INTO pgbroker.checkpoint DEFAULT VALUES;
 CREATE FUNCTION pgbroker.services_notify() RETURNS trigger
   LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-  PERFORM pg_notify('pgbroker_services', '');
+  PERFORM pg_notify('pgbroker_services', '') WHERE pg_notification_queue_usage() < 0.5;
   RETURN NULL;
 END
 $$;

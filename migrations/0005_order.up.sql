@@ -27,7 +27,7 @@ BEGIN
     -- Replicas refuse servers that do not know an epoch they have seen: it must survive a crash.
     PERFORM set_config('synchronous_commit', 'local', true);
   END IF;
-  PERFORM pg_notify('pgbroker_changes', '');
+  PERFORM pg_notify('pgbroker_changes', '') WHERE pg_notification_queue_usage() < 0.5;
 END
 $$;
 COMMENT ON FUNCTION pgbroker.begin_epoch() IS

@@ -85,6 +85,20 @@ $$;
 COMMENT ON FUNCTION pgbroker.stamp_record() IS
   'Trigger: the version and time of a write, and what is indexed of its payload.';
 
+CREATE FUNCTION pgbroker.refuse_size(field text, bytes bigint, bound bigint, record_type text, record_id text) RETURNS void
+  LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+  IF bytes > bound THEN
+    RAISE EXCEPTION '%: % bytes, at most % are allowed', field, bytes, bound
+      USING ERRCODE = 'program_limit_exceeded', SCHEMA = 'pgbroker', TABLE = 'records', COLUMN = field,
+            DETAIL = coalesce(format('In the record %s of type %s.', quote_literal(left(record_id, 100)), quote_literal(left(record_type, 100))),
+              format('In a record of type %s.', quote_literal(left(record_type, 100))), 'In a record.'),
+            HINT = CASE WHEN field = 'payload' THEN 'The owner of the schema can change pgbroker.state.max_record_bytes.' ELSE '' END;
+  END IF;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.refuse_size(text, bigint, bigint, text, text) IS 'Fails if a field of a record is larger than a bound.';
+
 CREATE FUNCTION pgbroker.refuse_key_change() RETURNS trigger
   LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -94,11 +108,34 @@ END
 $$;
 COMMENT ON FUNCTION pgbroker.refuse_key_change() IS 'Trigger: a record that moved would leave its old key without a tombstone.';
 
+CREATE FUNCTION pgbroker.check_record_size() RETURNS trigger
+  LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+  bound integer := (SELECT s.max_record_bytes FROM pgbroker.state s);
+BEGIN
+  PERFORM pgbroker.refuse_size('type', octet_length(NEW.type), 512, NULL, NULL);
+  PERFORM pgbroker.refuse_size('id', octet_length(NEW.id), 2048, NEW.type, NULL);
+  PERFORM pgbroker.refuse_size('payload', octet_length(NEW.payload), bound, NEW.type, NEW.id);
+  RETURN NEW;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.check_record_size() IS
+  'Trigger: a record that its clients could not receive, since one message carries it, is refused at every door.';
+REVOKE EXECUTE ON FUNCTION pgbroker.check_record_size() FROM PUBLIC;
+
 CREATE TRIGGER records_order BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON pgbroker.records
   FOR EACH STATEMENT EXECUTE FUNCTION pgbroker.take_order_lock();
 CREATE TRIGGER records_key BEFORE UPDATE OF type, id ON pgbroker.records
   FOR EACH ROW WHEN ((OLD.type, OLD.id) IS DISTINCT FROM (NEW.type, NEW.id))
   EXECUTE FUNCTION pgbroker.refuse_key_change();
+-- What most records are far below costs no look at the bound. Triggers fire in the order of their names: this one after what
+-- makes payloads, and before versions are issued.
+CREATE TRIGGER records_size_insert BEFORE INSERT ON pgbroker.records
+  FOR EACH ROW WHEN (octet_length(NEW.payload) > 16384 OR octet_length(NEW.type) > 512 OR octet_length(NEW.id) > 2048)
+  EXECUTE FUNCTION pgbroker.check_record_size();
+CREATE TRIGGER records_size_update BEFORE UPDATE OF payload, data ON pgbroker.records
+  FOR EACH ROW WHEN (octet_length(NEW.payload) > 16384 AND NEW.payload IS DISTINCT FROM OLD.payload)
+  EXECUTE FUNCTION pgbroker.check_record_size();
 CREATE TRIGGER records_stamp_insert BEFORE INSERT ON pgbroker.records
   FOR EACH ROW EXECUTE FUNCTION pgbroker.stamp_record();
 
@@ -171,7 +208,7 @@ BEGIN
   IF overfull IS NOT NULL THEN
     PERFORM pgbroker.evict_records(overfull);
   END IF;
-  PERFORM pg_notify('pgbroker_changes', '');
+  PERFORM pg_notify('pgbroker_changes', '') WHERE pg_notification_queue_usage() < 0.5;
   RETURN NULL;
 END
 $$;
@@ -198,7 +235,7 @@ BEGIN
   IF overfull <> '{}' THEN
     PERFORM pgbroker.evict_records(overfull);
   END IF;
-  PERFORM pg_notify('pgbroker_changes', '');
+  PERFORM pg_notify('pgbroker_changes', '') WHERE pg_notification_queue_usage() < 0.5;
   RETURN NULL;
 END
 $$;
@@ -221,7 +258,7 @@ BEGIN
     SET record_count = t.record_count - gone.n
     FROM (SELECT type, count(*) AS n FROM old_rows GROUP BY type) AS gone
     WHERE t.type = gone.type;
-  PERFORM pg_notify('pgbroker_changes', '');
+  PERFORM pg_notify('pgbroker_changes', '') WHERE pg_notification_queue_usage() < 0.5;
   RETURN NULL;
 END
 $$;
@@ -253,7 +290,7 @@ BEGIN
   UPDATE pgbroker.record_types SET record_count = 0, purged_version = 0;
   PERFORM pgbroker.install_builtin_options();
   UPDATE pgbroker.checkpoint SET server_version = 0, record_version = 0;
-  PERFORM pg_notify('pgbroker_changes', '');
+  PERFORM pg_notify('pgbroker_changes', '') WHERE pg_notification_queue_usage() < 0.5;
   RETURN NULL;
 END
 $$;
@@ -426,7 +463,7 @@ DECLARE
   renewed bigint;
 BEGIN
   UPDATE pgbroker.state SET server_version = pgbroker.random_server_version() RETURNING server_version INTO renewed;
-  PERFORM pg_notify('pgbroker_changes', '');
+  PERFORM pg_notify('pgbroker_changes', '') WHERE pg_notification_queue_usage() < 0.5;
   RETURN renewed;
 END
 $$;

@@ -6,12 +6,29 @@
 
 CREATE FUNCTION pgbroker.plan_projected_fields() RETURNS trigger
   LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+  wanted  text[];
+  applied text := CASE WHEN TG_OP = 'UPDATE' THEN OLD.expiry_field END;
 BEGIN
-  -- Grow only: a replica that has not yet heard of a change of options may still rely on any of them.
-  NEW.projected_fields := ARRAY(
-    SELECT DISTINCT f FROM unnest(NEW.projected_fields || NEW.indexable_fields) AS f ORDER BY f);
+  IF cardinality(NEW.indexable_fields) > 64
+    OR EXISTS (SELECT FROM unnest(NEW.indexable_fields) AS f WHERE f IS NULL OR octet_length(f) > 256) THEN
+    RAISE EXCEPTION 'indexable_fields: at most 64 fields of at most 256 bytes each are allowed'
+      USING ERRCODE = 'program_limit_exceeded', SCHEMA = 'pgbroker', TABLE = 'record_types', COLUMN = 'indexable_fields';
+  END IF;
+  wanted := ARRAY(
+    SELECT DISTINCT f
+    FROM unnest(NEW.indexable_fields || NEW.builtin_fields || CASE WHEN NEW.user_limit IS NOT NULL THEN '{user_id}'::text[] END) AS f
+    ORDER BY f);
+  IF wanted <> NEW.projected_fields OR NEW.expiry_field IS DISTINCT FROM applied THEN
+    NEW.index_version := NEW.index_version + 1;
+  END IF;
+  -- A field that is no longer wanted leaves at once: who looks records up by it asks in the same snapshot whether it is indexed.
+  NEW.projected_fields := wanted;
+  NEW.indexed_fields := ARRAY(SELECT f FROM unnest(NEW.indexed_fields) AS f WHERE f = ANY (wanted) ORDER BY f);
   IF NEW.record_count = 0 THEN
-    NEW.indexed_fields := NEW.projected_fields;
+    NEW.indexed_fields := wanted;
+    NEW.expiry_applied := NEW.expiry_field;
+    NEW.indexed_version := NEW.index_version;
   END IF;
   RETURN NEW;
 END
@@ -23,7 +40,7 @@ CREATE FUNCTION pgbroker.announce_options() RETURNS trigger
   LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
   UPDATE pgbroker.state SET options_version = options_version + 1;
-  PERFORM pg_notify('pgbroker_changes', '');
+  PERFORM pg_notify('pgbroker_changes', '') WHERE pg_notification_queue_usage() < 0.5;
   RETURN NULL;
 END
 $$;
@@ -46,13 +63,15 @@ CREATE TRIGGER record_types_order BEFORE INSERT OR UPDATE ON pgbroker.record_typ
 CREATE TRIGGER record_types_keep BEFORE DELETE OR TRUNCATE ON pgbroker.record_types
   FOR EACH STATEMENT WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION pgbroker.refuse_forgetting_types();
 CREATE TRIGGER record_types_projected_insert BEFORE INSERT ON pgbroker.record_types
-  FOR EACH ROW WHEN (NEW.indexable_fields <> '{}') EXECUTE FUNCTION pgbroker.plan_projected_fields();
-CREATE TRIGGER record_types_projected_update BEFORE UPDATE OF indexable_fields ON pgbroker.record_types
+  FOR EACH ROW WHEN (NEW.indexable_fields <> '{}' OR NEW.builtin_fields <> '{}' OR NEW.user_limit IS NOT NULL OR NEW.expiry_field IS NOT NULL)
+  EXECUTE FUNCTION pgbroker.plan_projected_fields();
+CREATE TRIGGER record_types_projected_update
+  BEFORE UPDATE OF indexable_fields, builtin_fields, user_limit, expiry_field ON pgbroker.record_types
   FOR EACH ROW EXECUTE FUNCTION pgbroker.plan_projected_fields();
 CREATE TRIGGER record_types_options_insert AFTER INSERT ON pgbroker.record_types
   FOR EACH STATEMENT WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION pgbroker.announce_options();
 CREATE TRIGGER record_types_options_update
-  AFTER UPDATE OF capacity, ttl, indexable_fields, indexed_fields, expiry_field ON pgbroker.record_types
+  AFTER UPDATE OF capacity, ttl, indexable_fields, indexed_fields, expiry_field, user_limit ON pgbroker.record_types
   FOR EACH STATEMENT EXECUTE FUNCTION pgbroker.announce_options();
 
 CREATE FUNCTION pgbroker.type_named(name text) RETURNS text
@@ -67,11 +86,9 @@ COMMENT ON FUNCTION pgbroker.type_named(text) IS
 CREATE FUNCTION pgbroker.set_expiry(record_type text, field text) RETURNS void
   LANGUAGE sql
   BEGIN ATOMIC
-    INSERT INTO pgbroker.record_types AS t (type, expiry_field, expiry_applied)
-      VALUES (pgbroker.type_named(record_type), nullif(field, ''), nullif(field, ''))
-      ON CONFLICT (type) DO UPDATE
-        SET expiry_field = excluded.expiry_field,
-            expiry_applied = (CASE WHEN t.record_count = 0 THEN excluded.expiry_field ELSE t.expiry_applied END);
+    INSERT INTO pgbroker.record_types AS t (type, expiry_field)
+      VALUES (pgbroker.type_named(record_type), nullif(field, ''))
+      ON CONFLICT (type) DO UPDATE SET expiry_field = excluded.expiry_field;
   END;
 COMMENT ON FUNCTION pgbroker.set_expiry(text, text) IS
   'Records of the type end at the time in this payload field (a path joined by dots); NULL takes that back. '
@@ -91,15 +108,9 @@ COMMENT ON FUNCTION pgbroker.set_idle_timeout(text, interval) IS
 CREATE FUNCTION pgbroker.set_user_limit(record_type text, records integer) RETURNS void
   LANGUAGE sql
   BEGIN ATOMIC
-    -- Looking for the records of a user needs the index.
-    INSERT INTO pgbroker.record_types AS t (type, user_limit, projected_fields, indexed_fields)
-      VALUES (pgbroker.type_named(record_type), records, '{user_id}', '{user_id}')
-      ON CONFLICT (type) DO UPDATE
-        SET user_limit = excluded.user_limit,
-            projected_fields = ARRAY(SELECT DISTINCT f FROM unnest(t.projected_fields || '{user_id}') AS f ORDER BY f),
-            indexed_fields = (CASE WHEN t.record_count = 0
-              THEN ARRAY(SELECT DISTINCT f FROM unnest(t.indexed_fields || '{user_id}') AS f ORDER BY f)
-              ELSE t.indexed_fields END);
+    INSERT INTO pgbroker.record_types AS t (type, user_limit)
+      VALUES (pgbroker.type_named(record_type), records)
+      ON CONFLICT (type) DO UPDATE SET user_limit = excluded.user_limit;
   END;
 COMMENT ON FUNCTION pgbroker.set_user_limit(text, integer) IS
   'Each user keeps so many records of the type, those issued last, and older ones end; NULL takes that back.';
@@ -130,11 +141,10 @@ SELECT pgbroker.install_builtin_options();
 
 -- Sessions have no options of their own, but people and proxies look for them by user and by identity
 -- provider, and each names the time at which it ends.
-INSERT INTO pgbroker.record_types AS t (type, projected_fields, indexed_fields, expiry_field, expiry_applied, builtin)
-  VALUES ('type.googleapis.com/session.Session', '{idp_id,user_id}', '{idp_id,user_id}', 'expires_at', 'expires_at', true)
+INSERT INTO pgbroker.record_types AS t (type, builtin_fields, expiry_field, builtin)
+  VALUES ('type.googleapis.com/session.Session', '{idp_id,user_id}', 'expires_at', true)
   ON CONFLICT (type) DO UPDATE
-    SET projected_fields = excluded.projected_fields, indexed_fields = excluded.indexed_fields,
-        expiry_field = excluded.expiry_field, expiry_applied = excluded.expiry_applied, builtin = true;
+    SET builtin_fields = excluded.builtin_fields, expiry_field = excluded.expiry_field, builtin = true;
 
 -- ---------------------------------------------------------------------------------------------
 -- Ending records

@@ -13,7 +13,7 @@
 CREATE VIEW pgbroker.session_data AS
   SELECT
     r.id,
-    left(r.index_fields ->> 'user_id', 600) COLLATE "C" AS user_id,
+    pgbroker.short_key(r.index_fields ->> 'user_id') COLLATE "C" AS user_id,
     r.expires_at,
     -- Not a security barrier, which would keep look-ups by user from their index: so what a reader's own
     -- function may be called with for a record of another type is nothing.
@@ -24,7 +24,7 @@ CREATE VIEW pgbroker.session_data AS
   WHERE r.type = 'type.googleapis.com/session.Session';
 COMMENT ON VIEW pgbroker.session_data IS 'Live sessions as JSON without secrets; what the view sessions is made of.';
 COMMENT ON COLUMN pgbroker.session_data.id IS 'Session id.';
-COMMENT ON COLUMN pgbroker.session_data.user_id IS 'Owner: users.id. At most 600 characters of it, for the index.';
+COMMENT ON COLUMN pgbroker.session_data.user_id IS 'Owner: users.id. Of more than 600 characters it is the first 500 and a hash, for the index.';
 COMMENT ON COLUMN pgbroker.session_data.expires_at IS 'When it ends; it is then deleted, with a tombstone.';
 COMMENT ON COLUMN pgbroker.session_data.data IS 'Projection: the payload as JSON without secrets.';
 COMMENT ON COLUMN pgbroker.session_data.version IS 'Record version of the latest write.';
@@ -554,7 +554,7 @@ CREATE VIEW pgbroker.type_summary AS
     t.user_limit,
     t.audited,
     t.projected_fields AS looked_up_by,
-    t.projected_fields <@ t.indexed_fields AND t.expiry_field IS NOT DISTINCT FROM t.expiry_applied AS up_to_date,
+    t.index_version = t.indexed_version AS up_to_date,
     t.type
   FROM pgbroker.record_types t;
 COMMENT ON VIEW pgbroker.type_summary IS 'The record types: how many records each has, and for how long they stay.';

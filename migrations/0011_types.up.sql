@@ -142,7 +142,7 @@ BEGIN
     ON CONFLICT (type) DO UPDATE SET schema_version = excluded.schema_version, next_id = '';
   -- The way on which replicas hear of options.
   UPDATE pgbroker.state SET options_version = options_version + 1;
-  PERFORM pg_notify('pgbroker_changes', '');
+  PERFORM pg_notify('pgbroker_changes', '') WHERE pg_notification_queue_usage() < 0.5;
   RETURN NULL;
 END
 $$;

@@ -20,6 +20,8 @@ DROP FUNCTION pgbroker.encode_value;
 DROP FUNCTION pgbroker.wire_type;
 DROP FUNCTION pgbroker.encode_scalar;
 DROP FUNCTION pgbroker.json_integer;
+DROP FUNCTION pgbroker.text_bytes;
+DROP FUNCTION pgbroker.wire_unescape;
 DROP FUNCTION pgbroker.wire_text;
 DROP FUNCTION pgbroker.wire_fields;
 DROP FUNCTION pgbroker.wire_bytes;

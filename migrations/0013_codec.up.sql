@@ -145,11 +145,41 @@ COMMENT ON FUNCTION pgbroker.wire_fields(bytea, text) IS
 CREATE FUNCTION pgbroker.wire_text(content bytea) RETURNS text
   LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
   RETURN convert_from(
-    CASE WHEN position('\x00'::bytea IN content) = 0 THEN content
-      ELSE coalesce((SELECT string_agg(substr(content, i, 1), '' ORDER BY i) FILTER (WHERE get_byte(content, i - 1) <> 0)
-                     FROM generate_series(1, octet_length(content)) AS i), '') END,
+    CASE WHEN position('\x00'::bytea IN content) = 0 AND position('\xf48fbfbf'::bytea IN content) = 0 THEN content
+      ELSE (SELECT string_agg(
+              CASE
+                WHEN get_byte(content, i - 1) = 0 THEN '\xf48fbfbf30'::bytea
+                WHEN substr(content, i, 4) = '\xf48fbfbf'::bytea THEN '\xf48fbfbff4'::bytea
+                ELSE substr(content, i, 1) END, ''::bytea ORDER BY i)
+            FROM generate_series(1, octet_length(content)) AS i) END,
     'UTF8');
-COMMENT ON FUNCTION pgbroker.wire_text(bytea) IS 'Text as projections have it: without U+0000, which text in Postgres cannot hold.';
+COMMENT ON FUNCTION pgbroker.wire_text(bytea) IS
+  'Text as projections have it: U+0000, which text in Postgres cannot hold, is U+10FFFF followed by 0, and U+10FFFF comes twice. '
+  'So different texts stay different.';
+
+CREATE FUNCTION pgbroker.wire_unescape(words text) RETURNS bytea
+  LANGUAGE plpgsql IMMUTABLE STRICT AS $$
+DECLARE
+  mark  text := chr(1114111);
+  bytes bytea;
+BEGIN
+  SELECT string_agg(CASE m.part[1] WHEN mark || '0' THEN '\x00'::bytea WHEN mark || mark THEN '\xf48fbfbf'::bytea
+                      ELSE convert_to(m.part[1], 'UTF8') END, ''::bytea ORDER BY m.place)
+    INTO bytes
+    FROM regexp_matches(words, mark || '[0' || mark || ']|[^' || mark || ']+|' || mark, 'g') WITH ORDINALITY AS m (part, place);
+  IF EXISTS (SELECT FROM regexp_matches(words, mark || '[0' || mark || ']|[^' || mark || ']+|' || mark, 'g') AS m (part) WHERE m.part[1] = mark) THEN
+    PERFORM pgbroker.refuse_value('data', 'has the character U+10FFFF, which must come twice, or with 0 for U+0000');
+  END IF;
+  RETURN bytes;
+END
+$$;
+COMMENT ON FUNCTION pgbroker.wire_unescape(text) IS 'The inverse of wire_text.';
+
+CREATE FUNCTION pgbroker.text_bytes(words text) RETURNS bytea
+  -- Not strict, so that it can be inlined: for each of many it would cost more than all else.
+  LANGUAGE sql IMMUTABLE
+  RETURN CASE WHEN strpos(words, U&'\+10FFFF') = 0 THEN convert_to(words, 'UTF8') ELSE pgbroker.wire_unescape(words) END;
+COMMENT ON FUNCTION pgbroker.text_bytes(text) IS 'Text of a projection as a message holds it.';
 
 -- ---------------------------------------------------------------------------------------------
 -- JSON to messages
@@ -186,7 +216,7 @@ BEGIN
       IF given <> 'string' THEN
         PERFORM pgbroker.refuse_value(path, 'must be text, not ' || given);
       END IF;
-      b := convert_to(value #>> '{}', 'UTF8');
+      b := pgbroker.text_bytes(value #>> '{}');
       encoded := pgbroker.wire_varint(octet_length(b)) || b;
       shown := value;
 
@@ -306,7 +336,7 @@ DECLARE
 BEGIN
   CASE jsonb_typeof(value)
     WHEN 'string' THEN
-      content := convert_to(value #>> '{}', 'UTF8');
+      content := pgbroker.text_bytes(value #>> '{}');
       RETURN '\x1a'::bytea || pgbroker.wire_varint(octet_length(content)) || content;
     WHEN 'number' THEN
       n := value::numeric;
@@ -334,7 +364,7 @@ CREATE FUNCTION pgbroker.encode_struct(value jsonb) RETURNS bytea
 BEGIN
   RETURN coalesce((
     SELECT string_agg(
-      pgbroker.wire_bytes(1, pgbroker.wire_bytes(1, convert_to(m.key, 'UTF8')) || pgbroker.wire_bytes(2, pgbroker.encode_value(m.value))),
+      pgbroker.wire_bytes(1, pgbroker.wire_bytes(1, pgbroker.text_bytes(m.key)) || pgbroker.wire_bytes(2, pgbroker.encode_value(m.value))),
       '' ORDER BY m.key COLLATE "C")
     FROM jsonb_each(value) AS m), '');
 END
@@ -354,7 +384,7 @@ BEGIN
     FROM (
       SELECT t.element, t.words, octet_length(t.words) AS size, t.place
       FROM (
-        SELECT a.element, a.place, CASE WHEN jsonb_typeof(a.element) = 'string' THEN convert_to(a.element #>> '{}', 'UTF8') END AS words
+        SELECT a.element, a.place, CASE WHEN jsonb_typeof(a.element) = 'string' THEN pgbroker.text_bytes(a.element #>> '{}') END AS words
         FROM jsonb_array_elements(value) WITH ORDINALITY AS a (element, place)
         OFFSET 0 -- converted once
       ) AS t
@@ -506,7 +536,7 @@ BEGIN
     encoded := inner_one.encoded;
     shown := jsonb_build_object('@type', url, 'value', inner_one.shown);
   END IF;
-  encoded := pgbroker.wire_bytes(1, convert_to(url, 'UTF8'))
+  encoded := pgbroker.wire_bytes(1, pgbroker.text_bytes(url))
     || CASE WHEN encoded <> '' THEN pgbroker.wire_bytes(2, encoded) ELSE '' END;
 END
 $$;
@@ -648,7 +678,7 @@ BEGIN
         tag || CASE WHEN octet_length(e.words) < 128 THEN set_byte('\x00', 0, octet_length(e.words))
                  ELSE pgbroker.wire_varint(octet_length(e.words)) END || e.words, '' ORDER BY e.place), '')
       INTO encoded
-      FROM (SELECT convert_to(t.element, 'UTF8') AS words, t.place
+      FROM (SELECT pgbroker.text_bytes(t.element) AS words, t.place
             FROM jsonb_array_elements_text(value) WITH ORDINALITY AS t (element, place) OFFSET 0) AS e;
     shown := value;
     RETURN;
@@ -919,7 +949,7 @@ BEGIN
   IF looks IN ('struct', 'value') AND jsonb_typeof(one.shown) = 'object' THEN
     index_cidr := pgbroker.index_cidr(one.shown);
   END IF;
-  payload := pgbroker.wire_bytes(1, convert_to(url, 'UTF8'))
+  payload := pgbroker.wire_bytes(1, pgbroker.text_bytes(url))
     || coalesce((SELECT string_agg(w.raw, '') FROM pgbroker.wire_fields(old_payload, 'payload') AS w
                  WHERE url = old_url AND NOT (w.wire = 2 AND w.number IN (1, 2))), '')
     || CASE WHEN one.encoded <> '' THEN pgbroker.wire_bytes(2, one.encoded) ELSE '' END;

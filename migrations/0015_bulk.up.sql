@@ -86,6 +86,12 @@ BEGIN
     ) AS e ON true
     WHERE e.data IS DISTINCT FROM c.old_data OR c.version IS NULL OR c.payload IS NOT NULL OR c.data IS NULL
     ORDER BY c.id;
+  -- All of the set is refused before anything of it is written.
+  PERFORM pgbroker.refuse_size('type', octet_length(record_type), 512, NULL, NULL);
+  PERFORM pgbroker.refuse_size('id', octet_length(d.id), 2048, record_type, NULL),
+          pgbroker.refuse_size('payload', octet_length(d.payload), (SELECT s.max_record_bytes FROM pgbroker.state s), record_type, d.id)
+    FROM pg_temp.staged_differences AS d
+    WHERE octet_length(d.payload) > 16384 OR octet_length(d.id) > 2048;
 END
 $$;
 COMMENT ON FUNCTION pgbroker.compare_staged(text, text[]) IS

@@ -33,6 +33,8 @@ CREATE FUNCTION pgbroker.setup_problems()
     ('records', 'records_order'),
     ('records', 'records_search_insert'),
     ('records', 'records_search_update'),
+    ('records', 'records_size_insert'),
+    ('records', 'records_size_update'),
     ('records', 'records_stamp_insert'),
     ('records', 'records_stamp_update'),
     ('redacted_fields', 'redacted_fields_announce'),
@@ -138,12 +140,12 @@ CREATE FUNCTION pgbroker.problems()
   UNION ALL
   SELECT 'wrong index terms', r.type, r.id, r.version, 'look-ups by field or filters may miss it', true
     FROM pgbroker.records r JOIN pgbroker.record_types t ON t.type = r.type
-    WHERE t.projected_fields <@ t.indexed_fields
+    WHERE t.index_version = t.indexed_version
       AND r.index_fields IS DISTINCT FROM CASE WHEN t.projected_fields <> '{}' THEN pgbroker.index_terms(r.data, t.projected_fields) END
   UNION ALL
   SELECT 'wrong expiry', r.type, r.id, r.version, 'it ends at another time than its payload says', true
     FROM pgbroker.records r JOIN pgbroker.record_types t ON t.type = r.type
-    WHERE t.expiry_field IS NOT DISTINCT FROM t.expiry_applied
+    WHERE t.index_version = t.indexed_version
       AND r.expires_at IS DISTINCT FROM pgbroker.parse_time(r.data #>> string_to_array(t.expiry_field, '.'))
   UNION ALL
   -- Of those without a text only: to compute it takes longer than to look.

@@ -23,15 +23,13 @@ SELECT type FROM pgbroker.record_types WHERE ttl > interval '0' AND record_count
 
 -- name: TypesToReindex :many
 -- Types with fields that not every record is indexed by, or of which the expiry is not computed everywhere.
-SELECT type, projected_fields, expiry_field FROM pgbroker.record_types
-WHERE NOT projected_fields <@ indexed_fields OR expiry_field IS DISTINCT FROM expiry_applied ORDER BY type;
+SELECT type, projected_fields, index_version FROM pgbroker.record_types WHERE index_version <> indexed_version ORDER BY type;
 
 -- name: TypeIndexed :exec
--- Notes that every record of a type is indexed by the given fields, and expires by the given one.
+-- Notes that every record of a type is indexed as it was to be when the work began, unless that has changed since.
 UPDATE pgbroker.record_types
-SET indexed_fields = ARRAY(SELECT DISTINCT f FROM unnest(indexed_fields || @fields::text[]) AS f ORDER BY f),
-    expiry_applied = sqlc.narg(expiry_field)::text
-WHERE type = @type;
+SET indexed_fields = projected_fields, expiry_applied = expiry_field, indexed_version = index_version
+WHERE type = @type AND index_version = @index_version;
 
 -- name: TypesWithIdleTimeout :many
 SELECT type, make_interval(secs => extract(epoch FROM idle_timeout))::interval AS idle_timeout FROM pgbroker.record_types

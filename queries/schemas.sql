@@ -95,7 +95,8 @@ ORDER BY p.id;
 -- The sweep that is due: no row if none is. What was written since the change of types and rules may have been
 -- projected by those before, for as long as a replica may not have heard of it.
 SELECT version, record_version FROM pgbroker.schema_state
-WHERE NOT swept AND changed_at < clock_timestamp() - @grace::interval;
+WHERE NOT swept
+  AND (changed_at < clock_timestamp() - @grace::interval OR changed_at > clock_timestamp() + interval '1 second'); -- the clock was ahead
 
 -- name: SweepDone :exec
 UPDATE pgbroker.schema_state SET swept = true WHERE version = @version;

@@ -18,7 +18,9 @@ WITH replaced AS (
   WHERE server_version = @server_version
   RETURNING server_version
 )
-SELECT count(pg_notify('pgbroker_changes', '')) FROM replaced;
+SELECT count(*) FROM (
+  SELECT CASE WHEN pg_notification_queue_usage() < 0.5 THEN pg_notify('pgbroker_changes', '') END FROM replaced OFFSET 0
+) AS announced;
 
 -- name: StreamCheck :one
 -- Whether a stream may resume at a version: what it must compare.

@@ -89,6 +89,8 @@ func toStatus(ctx context.Context, logger *slog.Logger, method string, err error
 		return status.Error(codes.Unavailable, errSilent.Error())
 	case errors.As(err, &past): // logged by package db, which knows when it has said so
 		return status.Error(codes.Unavailable, "the database server is one that was left for a newer one")
+	case errors.As(err, &pgErr) && pgErr.SchemaName == "pgbroker" && pgErr.Code == pgerrcode.ProgramLimitExceeded: // see refuse_size
+		return status.Error(codes.InvalidArgument, bounded(pgErr.Message))
 	case errors.As(err, &pgErr) && excessive(pgErr):
 		logger.WarnContext(ctx, "a request exceeds what the database allows", "method", method, "error", err)
 		return status.Error(codes.ResourceExhausted, "the request takes more than the database allows")

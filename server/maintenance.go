@@ -306,7 +306,7 @@ func (m *maintenance) reindex(ctx context.Context, row db.TypesToReindexRow) err
 		}
 	}
 	m.logger.InfoContext(ctx, "records indexed", "type", row.Type, "fields", row.ProjectedFields)
-	return m.queries.TypeIndexed(ctx, db.TypeIndexedParams{Type: row.Type, Fields: row.ProjectedFields, ExpiryField: row.ExpiryField})
+	return m.queries.TypeIndexed(ctx, db.TypeIndexedParams{Type: row.Type, IndexVersion: row.IndexVersion})
 }
 
 // hold takes or prolongs the lease, and reports whether this replica has it.

@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"math"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -40,7 +41,7 @@ func newMetrics() *metrics {
 		}, []string{"task"}),
 	}
 	for _, task := range []string{
-		"change feed", "listener", "registered services", "message types", "periodic work", "watch for blockers", "watch for problems", "health", "keys",
+		"change feed", "listener", "registered services", "message types", "periodic work", "watch for blockers", "watch of notifications", "watch for problems", "health", "keys",
 		"encoding of a record", "page of SyncLatest", "metrics",
 	} {
 		m.panics.WithLabelValues(task) // a metric that is there before it is needed
@@ -116,6 +117,9 @@ func (s *Server) readings() readings {
 		gauge("pgbroker_maintenance_age_seconds",
 			"Time since this replica has last completed a round of the periodic work, or since its start. One replica at a time does it: the least of all counts.",
 			func() float64 { return s.maintenance.age().Seconds() }),
+		gauge("pgbroker_notification_queue_usage",
+			"How full the queue of notifications is that all databases of the server share, from 0 to 1. From 0.5 on changes are found by polling.",
+			func() float64 { return math.Float64frombits(s.notifications.usage.Load()) }),
 		gauge("pgbroker_writes_waiting", "Requests to write that wait for the batch under way to end.",
 			func() float64 { return float64(s.writer.combiner.Waiting()) }),
 		counter("pgbroker_feed_versions_lost_total", "Record versions that a failover or restore has undone after this replica had read them.",

@@ -125,8 +125,9 @@ type Server struct {
 	grpc      *grpc.Server
 	health    *health.Server
 
-	supervisor  *supervise.Supervisor // of all that runs in the background
-	maintenance *maintenance
+	supervisor    *supervise.Supervisor // of all that runs in the background
+	maintenance   *maintenance
+	notifications *queueWatch
 
 	stopping context.Context // ends when streams shall
 	stop     context.CancelFunc
@@ -189,6 +190,7 @@ func New(config Config) (*Server, error) {
 	})
 	s.projector = &projector{queries: s.queries, feed: s.feed, logger: s.logger}
 	s.maintenance = s.newMaintenance()
+	s.notifications = &queueWatch{queries: s.queries, logger: s.logger, interval: config.MaintenanceInterval}
 	if err := s.newGRPC(); err != nil {
 		return nil, err
 	}
@@ -296,7 +298,7 @@ func (s *Server) Run(ctx context.Context, listener net.Listener) error {
 	group.Go(func() error { return s.feed.Run(background) })
 	for task, run := range map[string]func(context.Context){
 		"registered services": s.services.run, "message types": s.projector.follow, "periodic work": s.maintenance.run,
-		"watch for blockers": s.blockers.run, "watch for problems": s.problems.run, "health": s.reportHealth, "keys": s.endStreamsOfOldKeys,
+		"watch for blockers": s.blockers.run, "watch of notifications": s.notifications.run, "watch for problems": s.problems.run, "health": s.reportHealth, "keys": s.endStreamsOfOldKeys,
 	} {
 		group.Go(func() error { s.supervisor.Run(background, task, run); return nil })
 	}

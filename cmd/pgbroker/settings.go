@@ -290,8 +290,8 @@ var settings = []setting{
 		name: "max_message_size", use: useServe,
 		field: func(c *Config) any { return &c.MaxMessageSize }, def: "4MiB",
 		check: func(c *Config) error { return checkSize(c.MaxMessageSize, 64<<10, 1<<30) },
-		help: "Largest request that is accepted. Pomerium's clients accept answers up to 4MiB, so larger records can be stored " +
-			"but not read by them.",
+		help: "Largest request that is accepted, and largest record that is delivered. Pomerium's clients accept answers up to 4MiB. " +
+			"The database takes no larger records than pgbroker.state.max_record_bytes says, 4MiB by default, whatever this is.",
 	},
 	{
 		name: "tombstone_retention", use: useServe,

@@ -126,6 +126,11 @@ func (l *listener) listenTo(ctx context.Context, conn *pgx.Conn, channel string)
 func (l *listener) selfTest(ctx context.Context, conn *pgx.Conn) error {
 	testing, cancel := l.wait(ctx)
 	defer cancel()
+	// Nobody notifies while the queue is half full: it could not be told from one that swallows notifications.
+	var full bool
+	if err := conn.QueryRow(testing, "SELECT pg_notification_queue_usage() >= 0.5").Scan(&full); err != nil || full {
+		return err
+	}
 	if _, err := conn.Exec(testing, "NOTIFY "+pgx.Identifier{channelServices}.Sanitize()+", 'test'"); err != nil {
 		return fmt.Errorf("notify myself: %w", err)
 	}

@@ -52,6 +52,8 @@ import (
 	"unicode/utf8"
 
 	"google.golang.org/protobuf/types/known/structpb"
+
+	"pgbroker/server/jsontext"
 )
 
 var (
@@ -310,19 +312,30 @@ func (p *parser) compare(path []string, values ...string) (node, error) {
 		}
 		return n, nil
 	}
-	// Postgres stores neither U+0000 nor invalid UTF-8, so such a value or key can not be found. Asking for it all
-	// the same would be an error there.
-	values = slices.DeleteFunc(values, unstorable)
-	if len(values) == 0 || slices.ContainsFunc(path, unstorable) {
+	// Postgres stores no invalid UTF-8, so such a value or key can not be found. Asking for it all the same would be an error there.
+	invalid := func(s string) bool { return !utf8.ValidString(s) }
+	values = slices.DeleteFunc(values, invalid)
+	if len(values) == 0 || slices.ContainsFunc(path, invalid) {
 		return or(nil), nil
 	}
-	if len(path) == 1 {
-		switch path[0] {
-		case "id":
+	if len(path) == 1 && (path[0] == "id" || path[0] == "type") {
+		// No id and no type has U+0000.
+		values = slices.DeleteFunc(values, func(s string) bool { return strings.IndexByte(s, 0) >= 0 })
+		switch {
+		case len(values) == 0:
+			return or(nil), nil
+		case path[0] == "id":
 			return node{op: opID, values: values}, nil
-		case "type":
-			return node{op: opType, values: values}, nil
 		}
+		return node{op: opType, values: values}, nil
+	}
+	// What is looked at is the projection.
+	values, path = slices.Clone(values), slices.Clone(path)
+	for i := range values {
+		values[i] = jsontext.String(values[i])
+	}
+	for i := range path {
+		path[i] = jsontext.String(path[i])
 	}
 	steps, err := compilePath(path)
 	if err != nil {
@@ -427,10 +440,6 @@ func formatNumber(f float64) string {
 		return "0" // -0 too
 	}
 	return strconv.FormatFloat(f, 'f', -1, 64)
-}
-
-func unstorable(s string) bool {
-	return strings.IndexByte(s, 0) >= 0 || !utf8.ValidString(s)
 }
 
 // parseIndex reads an address or a CIDR as the prefix it stands for.

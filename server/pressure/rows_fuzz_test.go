@@ -211,6 +211,12 @@ func FuzzRows(f *testing.F) {
 		if _, err := b.Query(ctx, &databroker.QueryRequest{Limit: 100}); err != nil {
 			t.Fatalf("Query: %v", err)
 		}
+		// The periodic work is done, to the end, whoever has taken its lease in SQL.
+		asked := time.Now()
+		await(t, "the periodic work", func() bool {
+			age, ok := metric(t, metrics, "pgbroker_maintenance_age_seconds")
+			return ok && age < time.Since(asked).Seconds()
+		})
 		families, err := metrics.Gather()
 		if err != nil {
 			t.Fatalf("metrics: %v", err)

@@ -60,8 +60,8 @@ type Projection struct {
 	// payload. For most messages it is an object. A google.protobuf.Struct is the object that it stands for, and the
 	// other well-known types are whatever JSON they stand for.
 	//
-	// Redacted fields are left out at any depth. PostgreSQL takes every Data as jsonb: U+0000, which it can
-	// not store, is dropped from strings, numbers that JSON does not have become the strings "NaN", "Infinity" and
+	// Redacted fields are left out at any depth. PostgreSQL takes every Data as jsonb: for U+0000, which it can
+	// not store, strings have what package jsontext says, numbers that JSON does not have become the strings "NaN", "Infinity" and
 	// "-Infinity", and timestamps and durations out of range become null.
 	//
 	// Data is nil if the type is unknown, if the bytes are not a message of the type, and for messages that would be
@@ -72,8 +72,8 @@ type Projection struct {
 	// SearchText is the text that a text query searches: every string in the message in lower case, with U+001F
 	// between any two; strings that occur in earlier ones may be left out. The strings themselves are without it, so a query that contains none matches within one string,
 	// and a query that contains one should match nothing. Map values are in SearchText and map keys are not; of a
-	// nested Any it has the type URL only. Like Data it is without redacted fields and U+0000, and empty if Data
-	// is nil.
+	// nested Any it has the type URL only. Like Data it is without redacted fields, has U+0000 as package jsontext says, and is
+	// empty if Data is nil.
 	SearchText string
 
 	// IndexCIDR is the network that $index conditions find the record by, as a prefix in canonical form ("10.0.0.0/8",

@@ -172,7 +172,7 @@ func TestProject(t *testing.T) {
 		{"Struct", parseStruct(t, `{"email":"Ann@x","group_ids":["g1","g2"],"userId":null,"n":{"a":1000000}}`),
 			`{"email":"Ann@x","group_ids":["g1","g2"],"n":{"a":1000000},"userId":null}`, "ann@x\x1fg1\x1fg2"},
 		{"empty Struct", &structpb.Struct{}, `{}`, ""},
-		{"Struct with U+0000", parseStruct(t, `{"a\u0000b":"c\u0000D\u001fe"}`), `{"ab":"cD\u001fe"}`, "cde"},
+		{"Struct with U+0000", parseStruct(t, `{"a\u0000b":"c\u0000D\u001fe"}`), "{\"a\U0010FFFF0b\":\"c\U0010FFFF0D\\u001fe\"}", "c\U0010FFFF0de"},
 		{"numbers beyond JSON", &structpb.Struct{Fields: map[string]*structpb.Value{
 			"a": number(math.NaN()), "b": number(math.Inf(1)), "c": number(math.Inf(-1)), "d": number(math.Copysign(0, -1)),
 			"e": number(1e300), "e2": number(1e21), "e3": number(1e20), "f": number(5e-324), "g": {}, "h": nil,

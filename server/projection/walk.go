@@ -18,6 +18,8 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/fieldmaskpb"
+
+	"pgbroker/server/jsontext"
 )
 
 const (
@@ -435,6 +437,7 @@ func (w *walker) string(s []byte) {
 		w.fail(malformed)
 		return
 	}
+	s = jsontext.Bytes(s)
 	const hex = "0123456789abcdef"
 	w.json = append(w.json, '"')
 	start := 0
@@ -445,7 +448,6 @@ func (w *walker) string(s []byte) {
 		w.json = append(w.json, s[start:i]...)
 		start = i + 1
 		switch c {
-		case 0:
 		case '"', '\\':
 			w.json = append(w.json, '\\', c)
 		default:
@@ -456,7 +458,7 @@ func (w *walker) string(s []byte) {
 	w.json = append(w.json, '"')
 }
 
-var notSearched = strings.NewReplacer("\x00", "", string(Separator), "")
+var notSearched = strings.NewReplacer(string(Separator), "")
 
 // text adds a string to the search text, unless it is there already: no query could tell.
 func (w *walker) text(s []byte) {
@@ -468,6 +470,7 @@ func (w *walker) text(s []byte) {
 		w.search = append(w.search, Separator)
 	}
 	start := len(w.search)
+	s = jsontext.Bytes(s)
 	for _, c := range s {
 		if c >= utf8.RuneSelf { // not so simple
 			w.search = append(w.search[:start], notSearched.Replace(strings.ToLower(string(s)))...)
@@ -476,7 +479,7 @@ func (w *walker) text(s []byte) {
 		if 'A' <= c && c <= 'Z' {
 			c += 'a' - 'A'
 		}
-		if c != 0 && c != Separator {
+		if c != Separator {
 			w.search = append(w.search, c)
 		}
 	}
