@@ -12,7 +12,9 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/tap"
 	"google.golang.org/protobuf/proto"
 
@@ -22,7 +24,8 @@ import (
 // Limits bound what clients can make a replica hold. They are far above what healthy clients need: what they are for is
 // that one client that has gone wrong is told so, and others go on. 0 means the default.
 type Limits struct {
-	// Connections of clients; further ones are closed at once. Default: 5,000.
+	// Connections of clients. For a further one the oldest is closed on which nobody has shown a valid token; if there is
+	// none, the further one is. Default: 5,000.
 	Connections int
 	// Streams that are open at the same time: Sync, SyncLatest and the registry's Watch. Default: 20,000.
 	Streams int
@@ -61,8 +64,8 @@ func (l *Limits) setDefaults() {
 }
 
 const (
-	// maxPublicRequests bounds the requests that need no token, so that nobody who has none can use up what is there for
-	// those who do.
+	// maxPublicRequests bounds the calls that need no token, and, apart from them, the streams, so that nobody who has none
+	// can use up what is there for those who do.
 	maxPublicRequests = 256
 	// maxHeaderBytes bounds the header of a request, which is read before anybody is asked who they are.
 	maxHeaderBytes = 64 << 10
@@ -98,6 +101,7 @@ const (
 	limitResponseSize         = "max_response_size"
 	limitScans                = "max_scans"
 	limitPublicRequests       = "public_requests"
+	limitStrangers            = "strangers"
 )
 
 // limiter enforces Limits.
@@ -108,10 +112,11 @@ type limiter struct {
 	methods map[string]bool          // all that the server has, by full name; set before it serves
 	logged  map[string]*atomic.Int64 // Unix time of the latest log line by limit
 
-	connections  atomic.Int64
-	requests     atomic.Int64
-	requestBytes atomic.Int64
-	public       atomic.Int64
+	conns         connections
+	publicCalls   *publicRequests
+	publicStreams *publicRequests
+	requests      atomic.Int64
+	requestBytes  atomic.Int64
 
 	mu        sync.Mutex // protects what follows
 	streams   int
@@ -126,8 +131,11 @@ func newLimiter(limits Limits, logger *slog.Logger) *limiter {
 			Name: "pgbroker_limit_reached_total", Help: "Connections and requests that were refused, by the limit that they would have exceeded.",
 		}, []string{"limit"}),
 	}
+	l.conns.all = make(map[net.Addr]*limitedConn)
+	l.publicCalls = &publicRequests{what: "too many requests without a token, such as health checks", time: publicCallTime, limiter: l}
+	l.publicStreams = &publicRequests{what: "too many streams without a token, such as watches of health", time: publicStreamTime, limiter: l}
 	for _, limit := range []string{
-		limitConnections, limitStreams, limitStreamsPerConnection, limitRequests, limitRequestBytes, limitResponseSize, limitScans, limitPublicRequests,
+		limitConnections, limitStreams, limitStreamsPerConnection, limitRequests, limitRequestBytes, limitResponseSize, limitScans, limitPublicRequests, limitStrangers,
 	} {
 		l.reached.WithLabelValues(limit) // a metric that is there before it is needed
 		l.logged[limit] = new(atomic.Int64)
@@ -153,19 +161,32 @@ func (l *limiter) refuse(ctx context.Context, name string, err *limitError) erro
 // without a valid token end here, and cost neither goroutine nor buffer.
 func (l *limiter) tap(authenticator *auth.Authenticator) tap.ServerInHandle {
 	return func(ctx context.Context, info *tap.Info) (context.Context, error) {
+		conn := l.conns.of(ctx)
 		if !auth.Public(info.FullMethodName) {
 			if !l.methods[info.FullMethodName] {
+				if !authenticator.Recognizes(ctx) {
+					if err := conn.strange(); err != nil {
+						return nil, toStatus(ctx, l.logger, info.FullMethodName, err)
+					}
+				}
 				return ctx, nil // there is no such method, which is all that grpc will say
 			}
-			return authenticator.Tap(ctx, info.FullMethodName)
+			admitted, err := authenticator.Tap(ctx, info.FullMethodName)
+			if code := status.Code(err); code != codes.Unauthenticated && code != codes.Unavailable {
+				l.conns.know(conn)
+			} else if tooMany := conn.strange(); tooMany != nil {
+				return nil, toStatus(ctx, l.logger, info.FullMethodName, tooMany)
+			}
+			return admitted, err
 		}
-		if l.public.Add(1) > maxPublicRequests {
-			l.public.Add(-1)
-			err := &limitError{what: "too many requests without a token, such as health checks", limit: maxPublicRequests}
-			return nil, toStatus(ctx, l.logger, info.FullMethodName, l.refuse(ctx, limitPublicRequests, err))
+		if authenticator.Recognizes(ctx) {
+			l.conns.know(conn)
+			return ctx, nil
 		}
-		context.AfterFunc(ctx, func() { l.public.Add(-1) })
-		return ctx, nil
+		if err := conn.strange(); err != nil {
+			return nil, toStatus(ctx, l.logger, info.FullMethodName, err)
+		}
+		return l.publicKind(info.FullMethodName).enter(ctx), nil
 	}
 }
 
@@ -247,29 +268,23 @@ type limitedListener struct {
 // Accept implements net.Listener.
 func (l *limitedListener) Accept() (net.Conn, error) {
 	for {
-		conn, err := l.Listener.Accept()
+		inner, err := l.Listener.Accept()
 		if err != nil {
 			return nil, err
 		}
-		if l.limiter.connections.Add(1) <= int64(l.limiter.limits.Connections) {
-			return &limitedConn{Conn: conn, limiter: l.limiter}, nil
+		limit := l.limiter.limits.Connections
+		conn := &limitedConn{Conn: inner, addr: inner.RemoteAddr(), limiter: l.limiter}
+		evicted, ok := l.limiter.conns.add(conn, limit)
+		if ok && evicted == nil {
+			return conn, nil
 		}
-		l.limiter.connections.Add(-1)
-		ctx := peer.NewContext(context.Background(), &peer.Peer{Addr: conn.RemoteAddr()})
-		_ = l.limiter.refuse(ctx, limitConnections, // it can be told only by its end: it speaks no gRPC yet
-			&limitError{"too many connections", l.limiter.limits.Connections, "", limitConnections})
-		_ = conn.Close()
+		ctx := peer.NewContext(context.Background(), &peer.Peer{Addr: conn.addr})
+		_ = l.limiter.refuse(ctx, limitConnections, // it can be told only by its end: it speaks no gRPC yet, or shows no token
+			&limitError{"too many connections", limit, "", limitConnections})
+		if ok {
+			_ = evicted.Close()
+			return conn, nil
+		}
+		_ = inner.Close()
 	}
-}
-
-type limitedConn struct {
-	net.Conn
-	limiter *limiter
-	once    sync.Once
-}
-
-// Close implements net.Conn.
-func (c *limitedConn) Close() error {
-	c.once.Do(func() { c.limiter.connections.Add(-1) })
-	return c.Conn.Close()
 }

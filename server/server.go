@@ -374,13 +374,17 @@ func (h *healthServer) Watch(_ *grpc_health_v1.HealthCheckRequest, stream grpc_h
 func (s *Server) unaryErrors(ctx context.Context, request any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	response, err := handler(ctx, request)
 	if err != nil {
-		return nil, toStatus(ctx, s.logger, info.FullMethod, s.late(err))
+		return nil, toStatus(ctx, s.logger, info.FullMethod, cmp.Or(endOfPublic(ctx), s.late(err)))
 	}
 	return response, nil
 }
 
 func (s *Server) streamErrors(server any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-	return toStatus(stream.Context(), s.logger, info.FullMethod, s.late(handler(server, stream)))
+	err := handler(server, stream)
+	if err != nil {
+		err = cmp.Or(endOfPublic(stream.Context()), s.late(err))
+	}
+	return toStatus(stream.Context(), s.logger, info.FullMethod, err)
 }
 
 // late says why a request has run out of time, if that is because the database does not answer anybody.

@@ -158,6 +158,20 @@ func (a *Authenticator) Tap(ctx context.Context, method string) (context.Context
 	return a.admit(ctx, method)
 }
 
+// Recognizes reports whether a request carries a valid token, whatever it may be used for. It neither logs nor counts: it is for
+// requests that need none.
+func (a *Authenticator) Recognizes(ctx context.Context) bool {
+	if a != nil && a.disabled {
+		return true
+	}
+	tokens := metadata.ValueFromIncomingContext(ctx, MetadataKey)
+	if len(tokens) == 0 {
+		return false
+	}
+	var buf [8]*signer
+	return verify(tokens[0], a.signers(buf[:0]), time.Now()).reason == ""
+}
+
 // Unary is a [grpc.UnaryServerInterceptor] that lets a request pass to the handler only with a valid token, by a key that may
 // be used for it; the handler finds its caller with [CallerFrom]. The services for health checks (grpc.health.v1) and
 // reflection need none.

@@ -1,6 +1,8 @@
 package pressure
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,12 +15,16 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/emptypb"
 
 	"pgbroker/db"
 	"pgbroker/proto/databroker"
@@ -214,7 +220,8 @@ func TestLimitOfAnswers(t *testing.T) {
 	}
 }
 
-// TestLimitOfConnections: one too many is closed at once, and its place is free when another has gone.
+// TestLimitOfConnections: for one too many the oldest goes on which nobody has shown a token, and never one on which somebody
+// has; if there are only such, the new one goes.
 func TestLimitOfConnections(t *testing.T) {
 	t.Parallel()
 	b, registry := limited(t, server.Limits{Connections: 2}) // one is the broker's own client
@@ -231,16 +238,26 @@ func TestLimitOfConnections(t *testing.T) {
 		_, err := conn.Read(make([]byte, 1))
 		return err != nil
 	}
-	second := dial()
-	if closed(second) {
+	put(t, b, thing("a", 0)) // shows the token
+	idle := dial()
+	if closed(idle) {
 		t.Fatal("a connection within the limit is closed")
 	}
-	if !closed(dial()) {
-		t.Error("a connection above the limit is served")
+	newer := servertest.Dial(t, b.Address, servertest.Secret)
+	if _, err := databroker.NewDataBrokerServiceClient(newer).ServerInfo(testContext(t), new(emptypb.Empty)); err != nil {
+		t.Errorf("a client beside an idle stranger: %v", err)
 	}
+	await(t, "the end of the idle stranger", func() bool {
+		_ = idle.SetReadDeadline(time.Now().Add(time.Second))
+		return errors.Is(func() error { _, err := io.Copy(io.Discard, idle); return cmp.Or(err, io.EOF) }(), io.EOF)
+	})
 	wantRefused(t, registry, "max_connections", 1)
-	put(t, b, thing("a", 0))
-	if err := second.Close(); err != nil {
+	if !closed(dial()) {
+		t.Error("a connection above the limit is served, though all others belong to clients")
+	}
+	wantRefused(t, registry, "max_connections", 2)
+	put(t, b, thing("b", 0))
+	if err := newer.Close(); err != nil {
 		t.Fatal(err)
 	}
 	await(t, "a free place", func() bool { return !closed(dial()) })
@@ -251,8 +268,7 @@ func TestFloodOfHealthChecks(t *testing.T) {
 	t.Parallel()
 	b, registry := limited(t, server.Limits{})
 	stranger := grpc_health_v1.NewHealthClient(servertest.Dial(t, b.Address, ""))
-	ctx, cancel := context.WithCancel(testContext(t))
-	defer cancel()
+	ctx := testContext(t)
 	watch := func() error {
 		stream, err := stranger.Watch(ctx, new(grpc_health_v1.HealthCheckRequest))
 		if err == nil {
@@ -260,22 +276,166 @@ func TestFloodOfHealthChecks(t *testing.T) {
 		}
 		return err
 	}
-	var err error
-	opened := 0
-	for ; err == nil && opened <= 300; opened++ {
-		err = watch()
+	for range 300 { // of which the first ones make room for the others
+		if err := watch(); err != nil {
+			t.Fatal(err)
+		}
 	}
-	wantStatus(t, err, codes.ResourceExhausted, "too many requests without a token, such as health checks: at most 256")
-	if opened < 200 {
-		t.Errorf("only %d were open", opened)
-	}
-	wantRefused(t, registry, "public_requests", 1)
-	put(t, b, thing("a", 0))
-	cancel()
-	await(t, "free places", func() bool {
-		_, err := b.Health.Check(testContext(t), new(grpc_health_v1.HealthCheckRequest))
-		return err == nil
+	await(t, "watches that are ended", func() bool {
+		refused, _ := metric(t, registry, "pgbroker_limit_reached_total", "limit=public_requests")
+		return refused == 300-256
 	})
+	// Neither they nor calls that never send their request keep a probe from its answer, with a token or without.
+	idle := servertest.Dial(t, b.Address, "")
+	for range 300 {
+		if _, err := idle.NewStream(ctx, &grpc.StreamDesc{ClientStreams: true}, grpc_health_v1.Health_Check_FullMethodName); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, probe := range []grpc_health_v1.HealthClient{stranger, b.Health} {
+		for range 10 {
+			if _, err := probe.Check(ctx, new(grpc_health_v1.HealthCheckRequest)); err != nil {
+				t.Errorf("a probe beside a flood: %v", err)
+			}
+		}
+	}
+	put(t, b, thing("a", 0))
+}
+
+// TestStrangersAreLetGo: what begins without a token ends by itself, as what a client repeats.
+func TestStrangersAreLetGo(t *testing.T) {
+	t.Parallel()
+	b := servertest.New(t, servertest.Options{})
+	stranger := servertest.Dial(t, b.Address, "")
+	ctx := testContext(t)
+	begin := time.Now()
+	var group errgroup.Group
+	for name, desc := range map[string]*grpc.StreamDesc{
+		grpc_health_v1.Health_Check_FullMethodName:                              {ClientStreams: true}, // without a request
+		grpc_health_v1.Health_Watch_FullMethodName:                              {ServerStreams: true},
+		grpc_reflection_v1.ServerReflection_ServerReflectionInfo_FullMethodName: {ServerStreams: true, ClientStreams: true},
+		"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo":        {ServerStreams: true, ClientStreams: true},
+	} {
+		group.Go(func() error {
+			stream, err := stranger.NewStream(ctx, desc, name)
+			if err != nil {
+				return err
+			}
+			if name == grpc_health_v1.Health_Watch_FullMethodName {
+				if err := errors.Join(stream.SendMsg(new(grpc_health_v1.HealthCheckRequest)), stream.CloseSend()); err != nil {
+					return err
+				}
+			}
+			for err == nil {
+				err = stream.RecvMsg(new(emptypb.Empty))
+			}
+			if code := status.Code(err); code != codes.Unavailable && code != codes.DeadlineExceeded && code != codes.Canceled || name == grpc_health_v1.Health_Watch_FullMethodName && code != codes.Unavailable {
+				return fmt.Errorf("%s: %w", name, err)
+			}
+			return nil
+		})
+	}
+	// Whoever has a token may watch for as long as they like.
+	watch, err := b.Health.Watch(ctx, new(grpc_health_v1.HealthCheckRequest))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := watch.Recv(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() {
+		_, err := watch.Recv()
+		ended <- err
+	}()
+	if err := group.Wait(); err != nil {
+		t.Error(err)
+	}
+	if took := time.Since(begin); took < 10*time.Second {
+		t.Errorf("a stream without a token ended after %v, which is too soon for one that is meant", took)
+	}
+	select {
+	case err := <-ended:
+		t.Errorf("a watch with a token ended: %v", err)
+	default:
+	}
+}
+
+// TestRapidReset: a stranger who begins streams and takes them back, as fast as a connection can, is cut off and counted; others
+// are served.
+func TestRapidReset(t *testing.T) {
+	t.Parallel()
+	b, registry := limited(t, server.Limits{})
+	for _, c := range []struct {
+		name, method, httpMethod string
+	}{
+		{"a method that needs a token", databroker.DataBrokerService_Put_FullMethodName, "POST"},
+		{"health", grpc_health_v1.Health_Watch_FullMethodName, "POST"},
+		{"no method", "/no.Such/Method", "POST"},
+		{"no request of gRPC", "/", "GET"},
+	} {
+		before, _ := metric(t, registry, "pgbroker_limit_reached_total", "limit=strangers")
+		conn, err := net.Dial("tcp", b.Address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.WriteString(conn, http2.ClientPreface); err != nil {
+			t.Fatal(err)
+		}
+		go func() { _, _ = io.Copy(io.Discard, conn) }() // a server that cannot write would not read either
+		framer := http2.NewFramer(conn, nil)
+		var block bytes.Buffer
+		encoder := hpack.NewEncoder(&block)
+		err = framer.WriteSettings()
+		sent := 0
+		begin := time.Now()
+		for id := uint32(1); err == nil && id < 1<<22; id += 2 {
+			block.Reset()
+			for _, field := range [][2]string{{":method", c.httpMethod}, {":scheme", "http"}, {":path", c.method}, {":authority", "x"}, {"content-type", "application/grpc"}, {"te", "trailers"}} {
+				if err := encoder.WriteField(hpack.HeaderField{Name: field[0], Value: field[1]}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			err = errors.Join(
+				framer.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: block.Bytes(), EndHeaders: true}),
+				framer.WriteRSTStream(id, http2.ErrCodeCancel))
+			sent++
+		}
+		t.Logf("%s: cut off after %d streams and %v: %v", c.name, sent, time.Since(begin), err)
+		if err == nil {
+			t.Errorf("%s: the connection is not cut off", c.name)
+		}
+		_ = conn.Close()
+		after, _ := metric(t, registry, "pgbroker_limit_reached_total", "limit=strangers")
+		if after <= before {
+			t.Errorf("%s: it is not counted", c.name)
+		}
+		put(t, b, thing("a", 0))
+	}
+	if missing, _ := metric(t, registry, "pgbroker_auth_rejected_total", "reason=missing"); missing > 510 {
+		t.Errorf("%v requests were looked at on a connection, want 500", missing)
+	}
+	// One who has a token may do as much as it can.
+	stranger := servertest.Dial(t, b.Address, "")
+	for range 400 {
+		if _, err := databroker.NewDataBrokerServiceClient(stranger).ServerInfo(testContext(t), new(emptypb.Empty)); status.Code(err) != codes.Unauthenticated {
+			t.Fatalf("who has no token is told so: %v", err)
+		}
+	}
+	var group errgroup.Group
+	for range 20 {
+		group.Go(func() error {
+			for range 100 {
+				if _, err := b.ServerInfo(testContext(t), new(emptypb.Empty)); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	if err := group.Wait(); err != nil {
+		t.Error(err)
+	}
 }
 
 // TestABadTokenIsRefusedBeforeTheRequestIsRead: whoever has no token is told so when the header has come, and cannot make
