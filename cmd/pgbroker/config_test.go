@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"pgbroker/db/dbtest/testenv"
 	"pgbroker/db/embedded"
 )
 
@@ -617,4 +618,20 @@ func FuzzConfigFile(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestTestsSeeNoSettings: whatever can be set in the environment, the tests do not see it.
+func TestTestsSeeNoSettings(t *testing.T) {
+	for i := range settings {
+		for _, name := range []string{settings[i].env(), settings[i].pomeriumEnv()} {
+			if name != "" && !testenv.Hides(name) {
+				t.Errorf("a test sees %s", name)
+			}
+		}
+	}
+	for _, variable := range os.Environ() {
+		if name, _, _ := strings.Cut(variable, "="); testenv.Hides(name) {
+			t.Errorf("this test sees %s", name)
+		}
+	}
 }

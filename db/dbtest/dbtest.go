@@ -33,6 +33,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	_ "pgbroker/db/dbtest/testenv" // tests see no settings and no state of others
 	"pgbroker/migrations"
 )
 

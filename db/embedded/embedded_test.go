@@ -20,6 +20,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"go.uber.org/goleak"
 
+	_ "pgbroker/db/dbtest/testenv"
 	"pgbroker/db/embedded"
 )
 

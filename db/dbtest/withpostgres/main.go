@@ -3,6 +3,9 @@
 //
 //	go run ./db/dbtest/withpostgres -- go test ./...
 //
+// The command sees no settings of pgbroker, Pomerium or libpq in its
+// environment, and an empty state directory in the place of the user's.
+//
 // It passes signals on, ends with the command's exit status, and leaves
 // nothing running. If TEST_DATABASE_URL is set already, that server is used.
 package main
@@ -17,6 +20,7 @@ import (
 	"syscall"
 
 	"pgbroker/db/dbtest"
+	"pgbroker/db/dbtest/testenv"
 	"pgbroker/db/embedded"
 )
 
@@ -41,6 +45,18 @@ func run(args []string) (exit int, err error) {
 	signals := make(chan os.Signal, 10)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT)
 
+	state, err := os.MkdirTemp("", "pgbroker-test-state-")
+	if err != nil {
+		return 1, err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(state)) }()
+	if err := os.Chmod(state, 0o711); err != nil { // as root, Postgres runs as somebody else
+		return 1, err
+	}
+	if err := os.Setenv(testenv.StateEnv, state); err != nil {
+		return 1, err
+	}
+	testenv.Clean()
 	env := os.Environ()
 	if os.Getenv(dbtest.URLEnv) == "" {
 		ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)

@@ -77,6 +77,37 @@ func TestStatusAndServer(t *testing.T) {
 	leftBehind(t, dir)
 }
 
+// The command finds neither what somebody has set nor what a server has left.
+func TestEnvironment(t *testing.T) {
+	t.Parallel()
+	cmd, dir := program(t, "--", "sh", "-c", `env; ls -A "$XDG_STATE_HOME"`)
+	state := filepath.Join(dir, "state")
+	if err := os.Mkdir(state, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(state, "left"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd.Env = append(cmd.Env, "XDG_STATE_HOME="+state, "PGBROKER_ADDRESS=192.0.2.1:1", "SHARED_SECRET=hostile", "SHARED_SECRET_FILE=/hostile",
+		"DATABROKER_STORAGE_CONNECTION_STRING=hostile", "PGHOST=192.0.2.1", "PGOPTIONS=-c hostile=1", "GRPC_ADDRESS=hostile", "GOFLAGS=-mod=mod")
+	out, err := cmd.Output()
+	if got := status(t, err); got != 0 {
+		t.Fatalf("got status %d: %s", got, out)
+	}
+	for _, word := range []string{"hostile", "192.0.2.1", "left", state + "\n"} {
+		if strings.Contains(string(out), word) {
+			t.Errorf("the command sees %q:\n%s", word, out)
+		}
+	}
+	if !strings.Contains(string(out), "GOFLAGS=-mod=mod\n") {
+		t.Error("the command does not see what is not ours")
+	}
+	if err := os.RemoveAll(state); err != nil {
+		t.Fatal(err)
+	}
+	leftBehind(t, dir)
+}
+
 func TestMissingCommand(t *testing.T) {
 	t.Parallel()
 	cmd, dir := program(t, "/no/such/command")
