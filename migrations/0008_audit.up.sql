@@ -97,6 +97,10 @@ BEGIN
   IF NOT EXISTS (SELECT FROM pgbroker.record_types t WHERE t.type = NEW.type AND t.audited) THEN
     RETURN NULL;
   END IF;
+  IF new_user IS NOT DISTINCT FROM of_user AND (NEW.index_fields ->> 'user_id') <> (OLD.index_fields ->> 'user_id') THEN
+    of_user := OLD.index_fields ->> 'user_id';
+    new_user := NEW.index_fields ->> 'user_id';
+  END IF;
   IF new_user IS DISTINCT FROM of_user THEN
     INSERT INTO pgbroker.audit (change, cause, type, id, user_id, became)
       VALUES ('moved', 'sql', NEW.type, NEW.id, of_user, new_user);
@@ -150,12 +154,14 @@ REVOKE EXECUTE ON FUNCTION pgbroker.audit_clear() FROM PUBLIC;
 CREATE TRIGGER records_audit_delete AFTER DELETE ON pgbroker.records
   REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION pgbroker.audit_deletes();
 
--- Hardly any update passes the condition. Times that move on, which is what updates are about, do not.
+-- Hardly any update passes the condition. Times that move on, which is what updates are about, do not. To find the user in data
+-- takes 4 µs, so where writes index it, as of sessions, that is looked at; a change of the index alone has its line, too.
 CREATE TRIGGER records_audit_update AFTER UPDATE ON pgbroker.records
   FOR EACH ROW WHEN (
     NEW.expires_at < OLD.expires_at OR OLD.expires_at IS NULL AND NEW.expires_at IS NOT NULL
     OR NEW.payload IS NULL AND OLD.payload IS NOT NULL
-    OR (NEW.data ->> 'user_id') IS DISTINCT FROM (OLD.data ->> 'user_id'))
+    OR (NEW.index_fields ->> 'user_id') IS DISTINCT FROM (OLD.index_fields ->> 'user_id')
+    OR (NEW.index_fields ? 'user_id') IS NOT TRUE AND (NEW.data ->> 'user_id') IS DISTINCT FROM (OLD.data ->> 'user_id'))
   EXECUTE FUNCTION pgbroker.audit_update();
 
 -- Its name comes before records_clear, which forgets the counts.

@@ -387,13 +387,13 @@ func TestReadmeRoles(t *testing.T) {
 	t.Parallel()
 	database := dbtest.New(t)
 	// Roles belong to the whole server.
-	role, support, oncall := "pgbroker_app_"+database.Name, "support_"+database.Name, "oncall_"+database.Name
-	for _, name := range []string{role, support, oncall} {
+	role, support, helpdesk := "pgbroker_app_"+database.Name, "support_"+database.Name, "helpdesk_"+database.Name
+	for _, name := range []string{role, support, helpdesk} {
 		database.Role(t, name)
 	}
 	for _, block := range readmeBlocks(t, "roles") {
 		command, _, _ := strings.Cut(block.text, " | ")
-		args := strings.Fields(strings.NewReplacer("pgbroker_app", role, "support", support, "oncall", oncall).Replace(command))
+		args := strings.Fields(strings.NewReplacer("pgbroker_app", role, "support", support, "helpdesk", helpdesk).Replace(command))
 		database.Exec(t, mustTry(t, []string{"PGBROKER_DATABASE_URL=" + database.ConnString}, args[1:]...))
 	}
 	replica := servertest.Start(t, database.As(t, role), servertest.Options{})

@@ -182,6 +182,7 @@ func TestAReaderSeesNoTokens(t *testing.T) {
 	name := newRole(t, b.Database)
 	b.Database.Exec(t, "REVOKE ALL ON ALL TABLES IN SCHEMA pgbroker FROM "+name)
 	b.Database.Exec(t, "REVOKE ALL ON ALL SEQUENCES IN SCHEMA pgbroker FROM "+name)
+	b.Database.Exec(t, "REVOKE ALL ON ALL FUNCTIONS IN SCHEMA pgbroker FROM "+name)
 	b.Database.Exec(t, `GRANT SELECT ON pgbroker.sessions, pgbroker.users, pgbroker.service_accounts, pgbroker.directory_users,
 		pgbroker.directory_groups TO `+name)
 	reader := role(t, b, name)
