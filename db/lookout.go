@@ -132,7 +132,11 @@ func (l *lookout) run(ctx context.Context) {
 	}()
 	for first := true; ; first = false {
 		began := time.Now()
-		needed := l.round(ctx, first)
+		needed := true
+		func() {
+			defer survive(l.log, "look-out for the newest server")
+			needed = l.round(ctx, first)
+		}()
 		if first {
 			close(l.asked)
 		}
@@ -175,9 +179,12 @@ func (l *lookout) round(ctx context.Context, first bool) (needed bool) {
 	answers := make(chan *LineageGetRow, len(hosts))
 	for _, h := range hosts {
 		go func() {
+			var answer *LineageGetRow
+			defer func() { answers <- answer }()
+			defer survive(l.log, "question to a host")
 			asking, cancel := context.WithTimeout(ctx, patience)
 			defer cancel()
-			answers <- l.ask(asking, h, first)
+			answer = l.ask(asking, h, first)
 		}()
 	}
 	var said []LineageGetRow

@@ -311,6 +311,7 @@ func (d *DB) Doubt(reason error) {
 	}
 	d.proofs.Go(func() {
 		defer d.proving.Store(false)
+		defer survive(d.log, "proof of a connection")
 		ctx, cancel := context.WithTimeout(d.closing, answerPatience)
 		defer cancel()
 		since := time.Now()

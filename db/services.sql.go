@@ -16,6 +16,7 @@ SELECT kind, endpoint, (least(expires_at, clock_timestamp() + interval '1 hour')
 FROM pgbroker.services
 WHERE expires_at > clock_timestamp() AND reported_at < clock_timestamp() + interval '1 minute' -- or the clock was ahead
 ORDER BY kind, endpoint
+LIMIT $1
 `
 
 type ServicesListRow struct {
@@ -31,8 +32,9 @@ type ServicesListRow struct {
 //	FROM pgbroker.services
 //	WHERE expires_at > clock_timestamp() AND reported_at < clock_timestamp() + interval '1 minute' -- or the clock was ahead
 //	ORDER BY kind, endpoint
-func (q *Queries) ServicesList(ctx context.Context) ([]ServicesListRow, error) {
-	rows, err := q.db.Query(ctx, servicesList)
+//	LIMIT $1
+func (q *Queries) ServicesList(ctx context.Context, maxRows int32) ([]ServicesListRow, error) {
+	rows, err := q.db.Query(ctx, servicesList, maxRows)
 	if err != nil {
 		return nil, err
 	}

@@ -13,7 +13,8 @@ ON CONFLICT (kind, endpoint) DO UPDATE
 SELECT kind, endpoint, (least(expires_at, clock_timestamp() + interval '1 hour') - clock_timestamp())::interval AS remaining
 FROM pgbroker.services
 WHERE expires_at > clock_timestamp() AND reported_at < clock_timestamp() + interval '1 minute' -- or the clock was ahead
-ORDER BY kind, endpoint;
+ORDER BY kind, endpoint
+LIMIT @max_rows;
 
 -- name: ServicesPurge :execrows
 DELETE FROM pgbroker.services WHERE expires_at <= clock_timestamp() OR reported_at >= clock_timestamp() + interval '1 minute';

@@ -26,6 +26,8 @@ const (
 
 	maxReportedServices = 1000
 	maxEndpointBytes    = 2048
+	// maxListedServices bounds a list, which is one message: with the longest endpoints it has 2 MiB.
+	maxListedServices = 1000
 )
 
 // registryServer serves registry.Registry.
@@ -68,7 +70,7 @@ func (s *registryServer) Report(ctx context.Context, request *registry.RegisterR
 func (s *registryServer) List(ctx context.Context, request *registry.ListRequest) (*registry.ServiceList, error) {
 	var rows []db.ServicesListRow
 	err := db.RetryRead(ctx, func(ctx context.Context) (err error) {
-		rows, err = s.reads.ServicesList(ctx)
+		rows, err = s.services.read(ctx, s.reads)
 		return err
 	})
 	if err != nil {
@@ -120,6 +122,7 @@ type serviceFeed struct {
 	wake    chan struct{}
 	asked   chan chan error // by watchers who wait for a read
 	view    atomic.Pointer[serviceView]
+	logged  atomic.Int64 // Unix time of the latest log line about too many
 }
 
 type serviceView struct {
@@ -131,6 +134,19 @@ func newServiceFeed(queries *db.Queries, logger *slog.Logger) *serviceFeed {
 	f := &serviceFeed{queries: queries, logger: logger, wake: make(chan struct{}, 1), asked: make(chan chan error)}
 	f.view.Store(&serviceView{replaced: make(chan struct{})})
 	return f
+}
+
+// read returns the live services, as many as one message can list.
+func (f *serviceFeed) read(ctx context.Context, queries *db.Queries) ([]db.ServicesListRow, error) {
+	rows, err := queries.ServicesList(ctx, maxListedServices+1)
+	if err != nil || len(rows) <= maxListedServices {
+		return rows, err
+	}
+	now := time.Now().Unix()
+	if last := f.logged.Load(); now-last >= int64(limitLogInterval/time.Second) && f.logged.CompareAndSwap(last, now) {
+		f.logger.WarnContext(ctx, "more services are registered than one answer can list; the others are left out", "listed", maxListedServices)
+	}
+	return rows[:maxListedServices], nil
 }
 
 // Wake makes the feed look for changes now.
@@ -167,7 +183,7 @@ func (f *serviceFeed) run(ctx context.Context) {
 	}()
 	for {
 		next := serviceTTL
-		rows, err := f.queries.ServicesList(ctx)
+		rows, err := f.read(ctx, f.queries)
 		switch {
 		case ctx.Err() != nil:
 			return

@@ -16,6 +16,7 @@ import (
 	"pgbroker/db"
 	"pgbroker/db/dbtest"
 	"pgbroker/proto/databroker"
+	"pgbroker/proto/registry"
 	"pgbroker/proto/session"
 	"pgbroker/server"
 	"pgbroker/server/servertest"
@@ -283,4 +284,26 @@ func revocable(users []string) (ids []string) {
 		}
 	}
 	return ids
+}
+
+// TestMoreServicesThanOneMessageLists: however many somebody registers, List and Watch answer, with what fits.
+func TestMoreServicesThanOneMessageLists(t *testing.T) {
+	t.Parallel()
+	b := start(t)
+	b.Database.Exec(t, `INSERT INTO pgbroker.services (kind, endpoint, expires_at)
+		SELECT 4, 'http://' || lpad(g::text, 2000, 'x'), clock_timestamp() + interval '1 hour' FROM generate_series(1, 3000) g`)
+	listed, err := b.Registry.List(testContext(t), new(registry.ListRequest))
+	if err != nil || len(listed.Services) != 1000 {
+		t.Errorf("%d services, %v", len(listed.GetServices()), err)
+	}
+	stream, err := b.Registry.Watch(testContext(t), new(registry.ListRequest))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if watched, err := stream.Recv(); err != nil || len(watched.Services) != 1000 {
+		t.Errorf("%d services, %v", len(watched.GetServices()), err)
+	}
+	if err := try(t, b.Database, "INSERT INTO pgbroker.services (kind, endpoint, expires_at) VALUES (4, repeat('x', 2049), clock_timestamp())"); err == nil {
+		t.Error("an endpoint of any length is taken")
+	}
 }
