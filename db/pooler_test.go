@@ -285,3 +285,65 @@ func TestPoolerSettings(t *testing.T) {
 		}
 	})
 }
+
+// A statement whose caller has lost patience ends in the server as well, and its session serves others.
+func TestPoolerCancels(t *testing.T) {
+	forEachPooler(t, func(t *testing.T, p *dbtest.Database, b *dbtest.PgBouncer) {
+		d, _ := open(t, db.Config{ConnString: b.ConnString(), Pooler: true, ApplicationName: "canceled"})
+		for range 3 {
+			ctx, cancel := context.WithCancel(t.Context())
+			running := make(chan error, 1)
+			go func() {
+				_, err := d.Exec(ctx, "SELECT pg_sleep(3600)")
+				running <- err
+			}()
+			const count = `SELECT count(*) FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(3600)' AND state = 'active'`
+			sleeping := func(want int) {
+				t.Helper()
+				await(t, func(ctx context.Context) error {
+					var n int
+					if err := p.Pool.QueryRow(ctx, count).Scan(&n); err != nil || n != want {
+						return fmt.Errorf("%d statements run, want %d, %w", n, want, err)
+					}
+					return nil
+				})
+			}
+			sleeping(1)
+			cancel()
+			if err := <-running; !errors.Is(err, context.Canceled) {
+				t.Errorf("got %v", err)
+			}
+			sleeping(0)
+			get[int](t, d, "SELECT 1")
+		}
+	})
+}
+
+// Who does not say that there is a pooler is told: by the error where it refuses settings, else in the log.
+func TestPoolerNotTold(t *testing.T) {
+	t.Parallel()
+	p := dbtest.New(t)
+	strict := dbtest.StartPgBouncer(t, p.ConnString, map[string]string{"pool_mode": "session"})
+	d, log := open(t, db.Config{ConnString: strict.ConnString()})
+	if err := ping(d)(t.Context()); !db.IsUnavailable(err) || !strings.Contains(db.PoolerHint(err), "set database_pooler") {
+		t.Errorf("got %v with the hint %q", err, db.PoolerHint(err))
+	}
+	if !strings.Contains(log.String(), "set database_pooler") {
+		t.Errorf("the log does not say what to do: %s", log)
+	}
+	var ignored []string
+	for _, s := range db.Settings(db.Config{}) {
+		ignored = append(ignored, s.Name)
+	}
+	lax := dbtest.StartPgBouncer(t, p.ConnString, map[string]string{"pool_mode": "session", "ignore_startup_parameters": strings.Join(ignored, ",")})
+	d, log = open(t, db.Config{ConnString: lax.ConnString()})
+	get[int](t, d, "SELECT 1")
+	if n := strings.Count(log.String(), "leads through a pooler: set database_pooler"); n != 1 {
+		t.Errorf("%d warnings, want 1: %s", n, log)
+	}
+	d, log = open(t, db.Config{ConnString: p.ConnString})
+	get[int](t, d, "SELECT 1")
+	if strings.Contains(log.String(), "pooler") {
+		t.Errorf("a pooler that is not there: %s", log)
+	}
+}

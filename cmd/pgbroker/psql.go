@@ -46,17 +46,22 @@ running 'pgbroker serve' keeps in --data-dir. What follows -- goes to psql.`,
 	return cmd
 }
 
-// psqlConnString is where the database is.
+// psqlConnString is where the database is, past a pooler if there is such a way: a person expects a session.
 func (c *configuration) psqlConnString() (string, error) {
-	if c.DatabaseURLFile != "" {
-		content, err := os.ReadFile(c.DatabaseURLFile)
-		if err != nil {
-			return "", fmt.Errorf("%s: %w", c.describe("database_url_file"), err)
+	for _, s := range []struct{ name, path, text string }{
+		{"listener_database_url_file", c.ListenerDatabaseURLFile, c.ListenerDatabaseURL},
+		{"database_url_file", c.DatabaseURLFile, c.DatabaseURL},
+	} {
+		if s.path != "" {
+			content, err := os.ReadFile(s.path)
+			if err != nil {
+				return "", fmt.Errorf("%s: %w", c.describe(s.name), err)
+			}
+			return strings.TrimSpace(string(content)), nil
 		}
-		return strings.TrimSpace(string(content)), nil
-	}
-	if c.DatabaseURL != "" {
-		return c.DatabaseURL, nil
+		if s.text != "" {
+			return s.text, nil
+		}
 	}
 	dir, err := c.dataDir()
 	if err != nil {

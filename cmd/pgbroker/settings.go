@@ -200,14 +200,14 @@ var settings = []setting{
 		help: "File that holds the connection string. It is read again for every new connection, so that passwords can rotate.",
 	},
 	{
-		name: "listener_database_url", use: useServe | useMigrate,
+		name: "listener_database_url", use: useServe | useMigrate | usePsql,
 		field: func(c *Config) any { return &c.ListenerDatabaseURL }, conn: true,
 		help: "Connection string that leads to Postgres directly, where database_url leads through a pooler (see database_pooler). " +
 			"It is used for the one connection that listens for changes and for migrations. " +
 			"Default: the same as database_url.",
 	},
 	{
-		name: "listener_database_url_file", use: useServe | useMigrate,
+		name: "listener_database_url_file", use: useServe | useMigrate | usePsql,
 		field: func(c *Config) any { return &c.ListenerDatabaseURLFile },
 		help:  "File that holds the listener's connection string. It is read again for every new connection.",
 	},
@@ -239,7 +239,7 @@ var settings = []setting{
 		help:  "Longest that a statement waits for a lock, set on every connection. 0 leaves it to the server's own setting.",
 	},
 	{
-		name: "database_pooler", use: useServe | useMigrate,
+		name: "database_pooler", use: useServe | useMigrate | usePsql,
 		field: func(c *Config) any { return &c.DatabasePooler }, def: "false",
 		help: "database_url leads through a pooler like PgBouncer, in whatever mode. Nothing is kept in its sessions then: " +
 			"each statement brings its settings with it, and checks which server it has come to. Give listener_database_url a way " +
