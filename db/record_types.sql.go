@@ -153,6 +153,23 @@ func (q *Queries) TypeSetAudited(ctx context.Context, arg TypeSetAuditedParams) 
 	return err
 }
 
+const typeSetEndSessionsOfMissingUsers = `-- name: TypeSetEndSessionsOfMissingUsers :exec
+SELECT pgbroker.set_end_sessions_of_missing_users($1, $2::boolean)
+`
+
+type TypeSetEndSessionsOfMissingUsersParams struct {
+	Type string
+	Ends bool
+}
+
+// TypeSetEndSessionsOfMissingUsers
+//
+//	SELECT pgbroker.set_end_sessions_of_missing_users($1, $2::boolean)
+func (q *Queries) TypeSetEndSessionsOfMissingUsers(ctx context.Context, arg TypeSetEndSessionsOfMissingUsersParams) error {
+	_, err := q.db.Exec(ctx, typeSetEndSessionsOfMissingUsers, arg.Type, arg.Ends)
+	return err
+}
+
 const typeSetExpiry = `-- name: TypeSetExpiry :exec
 SELECT pgbroker.set_expiry($1, $2::text)
 `
@@ -205,7 +222,7 @@ func (q *Queries) TypeSetUserLimit(ctx context.Context, arg TypeSetUserLimitPara
 }
 
 const typeSummary = `-- name: TypeSummary :many
-SELECT s.name::text AS name, s.records, coalesce(s.written_at, 'epoch')::timestamptz AS written_at, s.capacity, s.ttl, s.expiry_field, s.idle_timeout, s.user_limit, s.audited,
+SELECT s.name::text AS name, s.records, coalesce(s.written_at, 'epoch')::timestamptz AS written_at, s.capacity, s.ttl, s.expiry_field, s.idle_timeout, s.user_limit, s.end_sessions_of_missing_users, s.audited,
        s.looked_up_by::text[] AS looked_up_by, s.up_to_date::boolean AS up_to_date, s.type
 FROM pgbroker.type_summary s
 WHERE $1::text = '' OR s.type = pgbroker.type_named($1::text)
@@ -213,23 +230,24 @@ ORDER BY s.type
 `
 
 type TypeSummaryRow struct {
-	Name        string
-	Records     int64
-	WrittenAt   time.Time
-	Capacity    *int64
-	TTL         *time.Duration
-	ExpiryField *string
-	IdleTimeout *time.Duration
-	UserLimit   *int32
-	Audited     bool
-	LookedUpBy  []string
-	UpToDate    bool
-	Type        string
+	Name                      string
+	Records                   int64
+	WrittenAt                 time.Time
+	Capacity                  *int64
+	TTL                       *time.Duration
+	ExpiryField               *string
+	IdleTimeout               *time.Duration
+	UserLimit                 *int32
+	EndSessionsOfMissingUsers bool
+	Audited                   bool
+	LookedUpBy                []string
+	UpToDate                  bool
+	Type                      string
 }
 
 // Every type, or the one that a person means; written_at is the epoch where nothing was written yet.
 //
-//	SELECT s.name::text AS name, s.records, coalesce(s.written_at, 'epoch')::timestamptz AS written_at, s.capacity, s.ttl, s.expiry_field, s.idle_timeout, s.user_limit, s.audited,
+//	SELECT s.name::text AS name, s.records, coalesce(s.written_at, 'epoch')::timestamptz AS written_at, s.capacity, s.ttl, s.expiry_field, s.idle_timeout, s.user_limit, s.end_sessions_of_missing_users, s.audited,
 //	       s.looked_up_by::text[] AS looked_up_by, s.up_to_date::boolean AS up_to_date, s.type
 //	FROM pgbroker.type_summary s
 //	WHERE $1::text = '' OR s.type = pgbroker.type_named($1::text)
@@ -252,6 +270,7 @@ func (q *Queries) TypeSummary(ctx context.Context, type_ string) ([]TypeSummaryR
 			&i.ExpiryField,
 			&i.IdleTimeout,
 			&i.UserLimit,
+			&i.EndSessionsOfMissingUsers,
 			&i.Audited,
 			&i.LookedUpBy,
 			&i.UpToDate,
@@ -269,30 +288,63 @@ func (q *Queries) TypeSummary(ctx context.Context, type_ string) ([]TypeSummaryR
 
 const typeWouldEnd = `-- name: TypeWouldEnd :one
 SELECT pgbroker.would_end(
-  $1, $2::interval, $3::bigint, NULL, NULL, $4::text)::bigint AS records
+  $1, $2::interval, $3::bigint, NULL, NULL, $4::text,
+  $5::boolean)::bigint AS records
 `
 
 type TypeWouldEndParams struct {
-	Type        string
-	IdleTimeout *time.Duration
-	UserLimit   *int64
-	ExpiryField *string
+	Type         string
+	IdleTimeout  *time.Duration
+	UserLimit    *int64
+	ExpiryField  *string
+	MissingUsers bool
 }
 
 // How many records the options would end if they were set.
 //
 //	SELECT pgbroker.would_end(
-//	  $1, $2::interval, $3::bigint, NULL, NULL, $4::text)::bigint AS records
+//	  $1, $2::interval, $3::bigint, NULL, NULL, $4::text,
+//	  $5::boolean)::bigint AS records
 func (q *Queries) TypeWouldEnd(ctx context.Context, arg TypeWouldEndParams) (int64, error) {
 	row := q.db.QueryRow(ctx, typeWouldEnd,
 		arg.Type,
 		arg.IdleTimeout,
 		arg.UserLimit,
 		arg.ExpiryField,
+		arg.MissingUsers,
 	)
 	var records int64
 	err := row.Scan(&records)
 	return records, err
+}
+
+const typesEndingWithUsers = `-- name: TypesEndingWithUsers :many
+SELECT type FROM pgbroker.record_types
+WHERE end_sessions_of_missing_users AND record_count > 0 AND 'user_id' = ANY (indexed_fields) ORDER BY type
+`
+
+// Types whose records end with their user, once every record can be found by its user.
+//
+//	SELECT type FROM pgbroker.record_types
+//	WHERE end_sessions_of_missing_users AND record_count > 0 AND 'user_id' = ANY (indexed_fields) ORDER BY type
+func (q *Queries) TypesEndingWithUsers(ctx context.Context) ([]string, error) {
+	rows, err := q.db.Query(ctx, typesEndingWithUsers)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	var items []string
+	for rows.Next() {
+		var type_ string
+		if err := rows.Scan(&type_); err != nil {
+			return nil, err
+		}
+		items = append(items, type_)
+	}
+	if err := rows.Err(); err != nil {
+		return nil, err
+	}
+	return items, nil
 }
 
 const typesList = `-- name: TypesList :many

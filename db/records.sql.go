@@ -177,6 +177,26 @@ func (q *Queries) RecordsEndIdle(ctx context.Context, arg RecordsEndIdleParams) 
 	return ended, err
 }
 
+const recordsEndOfMissingUsers = `-- name: RecordsEndOfMissingUsers :one
+SELECT pgbroker.end_records_of_missing_users($1, $2::bigint[], $3)::bigint AS ended
+`
+
+type RecordsEndOfMissingUsersParams struct {
+	Type       string
+	Tombstones []int64
+	MaxRows    int64
+}
+
+// RecordsEndOfMissingUsers
+//
+//	SELECT pgbroker.end_records_of_missing_users($1, $2::bigint[], $3)::bigint AS ended
+func (q *Queries) RecordsEndOfMissingUsers(ctx context.Context, arg RecordsEndOfMissingUsersParams) (int64, error) {
+	row := q.db.QueryRow(ctx, recordsEndOfMissingUsers, arg.Type, arg.Tombstones, arg.MaxRows)
+	var ended int64
+	err := row.Scan(&ended)
+	return ended, err
+}
+
 const recordsExcess = `-- name: RecordsExcess :one
 WITH page AS MATERIALIZED (
   SELECT c.version, c.type, c.id FROM pgbroker.changes c
@@ -721,4 +741,47 @@ func (q *Queries) RecordsWrite(ctx context.Context, arg RecordsWriteParams) ([]R
 		return nil, err
 	}
 	return items, nil
+}
+
+const usersGone = `-- name: UsersGone :one
+SELECT coalesce(max(p.version), $1)::bigint AS last_version, count(*) AS seen,
+       coalesce(array_agg(p.version) FILTER (WHERE p.wanted), '{}')::bigint[] AS versions
+FROM (
+  SELECT c.version, c.type = $2::text AS wanted FROM pgbroker.changes c
+  WHERE c.deleted AND c.version > $1 AND c.changed_at < clock_timestamp() - interval '1 minute'
+    AND ($2::text <> 'pomerium.io/DirectoryUser'
+         OR EXISTS (SELECT FROM pgbroker.record_types t WHERE t.type = 'pomerium.io/DirectoryUser' AND t.record_count > 0))
+  ORDER BY c.version LIMIT $3
+) p
+`
+
+type UsersGoneParams struct {
+	AfterVersion int64
+	UserType     string
+	MaxRows      int32
+}
+
+type UsersGoneRow struct {
+	LastVersion int64
+	Seen        int64
+	Versions    []int64
+}
+
+// The tombstones of users of a type, of the next page of tombstones, all at least a minute old. An empty directory is lost rather
+// than left by everybody: nothing is looked at then.
+//
+//	SELECT coalesce(max(p.version), $1)::bigint AS last_version, count(*) AS seen,
+//	       coalesce(array_agg(p.version) FILTER (WHERE p.wanted), '{}')::bigint[] AS versions
+//	FROM (
+//	  SELECT c.version, c.type = $2::text AS wanted FROM pgbroker.changes c
+//	  WHERE c.deleted AND c.version > $1 AND c.changed_at < clock_timestamp() - interval '1 minute'
+//	    AND ($2::text <> 'pomerium.io/DirectoryUser'
+//	         OR EXISTS (SELECT FROM pgbroker.record_types t WHERE t.type = 'pomerium.io/DirectoryUser' AND t.record_count > 0))
+//	  ORDER BY c.version LIMIT $3
+//	) p
+func (q *Queries) UsersGone(ctx context.Context, arg UsersGoneParams) (UsersGoneRow, error) {
+	row := q.db.QueryRow(ctx, usersGone, arg.AfterVersion, arg.UserType, arg.MaxRows)
+	var i UsersGoneRow
+	err := row.Scan(&i.LastVersion, &i.Seen, &i.Versions)
+	return i, err
 }

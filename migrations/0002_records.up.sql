@@ -8,6 +8,7 @@ CREATE TABLE pgbroker.record_types (
   ttl               interval CHECK (ttl BETWEEN interval '0' AND interval '36500 days'),
   idle_timeout      interval CHECK (idle_timeout > interval '0' AND idle_timeout <= interval '36500 days'),
   user_limit        integer  CHECK (user_limit > 0),
+  end_sessions_of_missing_users boolean NOT NULL DEFAULT false,
   expiry_field      text,
   expiry_applied    text,
   indexable_fields  text[]   NOT NULL DEFAULT '{}',
@@ -29,6 +30,8 @@ COMMENT ON COLUMN pgbroker.record_types.idle_timeout IS
   'Records whose accessed_at is longer ago are deleted; NULL never.';
 COMMENT ON COLUMN pgbroker.record_types.user_limit IS
   'How many records one user may have, those issued last; NULL any number.';
+COMMENT ON COLUMN pgbroker.record_types.end_sessions_of_missing_users IS
+  'Whether the records of a user (user_id), its sessions for instance, end when the user is deleted or goes from the directory.';
 COMMENT ON COLUMN pgbroker.record_types.expiry_field IS 'Payload field whose time, once passed, deletes the record; NULL never.';
 COMMENT ON COLUMN pgbroker.record_types.expiry_applied IS
   'The expiry_field that expires_at of every record was computed from; where it differs, that is being done in the background.';

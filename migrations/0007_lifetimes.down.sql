@@ -1,4 +1,6 @@
 DROP FUNCTION pgbroker.purge_tombstones;
+DROP FUNCTION pgbroker.end_records_of_missing_users;
+DROP FUNCTION pgbroker.records_of_missing_users;
 DROP FUNCTION pgbroker.end_excess_records;
 DROP FUNCTION pgbroker.excess_records;
 DROP FUNCTION pgbroker.end_idle_records;
@@ -6,6 +8,7 @@ DROP FUNCTION pgbroker.expire_by_ttl;
 DROP FUNCTION pgbroker.expire_records;
 DROP FUNCTION pgbroker.end_records;
 DROP FUNCTION pgbroker.install_builtin_options;
+DROP FUNCTION pgbroker.set_end_sessions_of_missing_users;
 DROP FUNCTION pgbroker.set_user_limit;
 DROP FUNCTION pgbroker.set_idle_timeout;
 DROP FUNCTION pgbroker.set_expiry;

@@ -115,6 +115,22 @@ CREATE FUNCTION pgbroker.set_user_limit(record_type text, records integer) RETUR
 COMMENT ON FUNCTION pgbroker.set_user_limit(text, integer) IS
   'Each user keeps so many records of the type, those issued last, and older ones end; NULL takes that back.';
 
+CREATE FUNCTION pgbroker.set_end_sessions_of_missing_users(record_type text, ends boolean) RETURNS void
+  LANGUAGE sql
+  BEGIN ATOMIC
+    -- Looking for the records of a user needs the index.
+    INSERT INTO pgbroker.record_types AS t (type, end_sessions_of_missing_users, projected_fields, indexed_fields)
+      VALUES (pgbroker.type_named(record_type), ends, '{user_id}', '{user_id}')
+      ON CONFLICT (type) DO UPDATE
+        SET end_sessions_of_missing_users = excluded.end_sessions_of_missing_users,
+            projected_fields = ARRAY(SELECT DISTINCT f FROM unnest(t.projected_fields || '{user_id}') AS f ORDER BY f),
+            indexed_fields = (CASE WHEN t.record_count = 0
+              THEN ARRAY(SELECT DISTINCT f FROM unnest(t.indexed_fields || '{user_id}') AS f ORDER BY f)
+              ELSE t.indexed_fields END);
+  END;
+COMMENT ON FUNCTION pgbroker.set_end_sessions_of_missing_users(text, boolean) IS
+  'Records of the type end when their user (user_id) is deleted or goes from the directory; false takes that back.';
+
 -- ---------------------------------------------------------------------------------------------
 -- What the product brings along
 -- ---------------------------------------------------------------------------------------------
@@ -321,6 +337,64 @@ $$;
 COMMENT ON FUNCTION pgbroker.end_excess_records(text, text[], bigint[]) IS
   'Deletes those of the given records that are above the limit of their user, unless they were written since, and returns how many.';
 REVOKE EXECUTE ON FUNCTION pgbroker.end_excess_records(text, text[], bigint[]) FROM PUBLIC;
+
+CREATE FUNCTION pgbroker.records_of_missing_users(record_type text, tombstones bigint[], grace interval)
+  RETURNS TABLE (id text, version bigint)
+  LANGUAGE plpgsql STABLE
+  SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
+  SET search_path = pg_catalog, pg_temp
+  AS $$
+BEGIN
+  RETURN QUERY
+    SELECT DISTINCT r.id, r.version
+    FROM unnest(tombstones) AS i (version)
+    JOIN pgbroker.changes c ON c.version = i.version
+    -- The fence keeps the planner from joining the whole table.
+    CROSS JOIN LATERAL (
+      SELECT records.id, records.version, records.modified_at, records.data FROM pgbroker.records
+      WHERE records.type || '' = record_type AND records.index_fields @> jsonb_build_object('user_id', c.id) OFFSET 0
+    ) r
+    WHERE c.deleted AND c.type IN ('type.googleapis.com/user.User', 'pomerium.io/DirectoryUser')
+      -- A directory that is loaded anew may be gone for a moment. One without any user is lost rather than left by everybody.
+      AND c.changed_at < clock_timestamp() - grace
+      AND NOT EXISTS (SELECT FROM pgbroker.records u WHERE u.type = c.type AND u.id = c.id)
+      AND (c.type <> 'pomerium.io/DirectoryUser'
+           OR EXISTS (SELECT FROM pgbroker.record_types t WHERE t.type = 'pomerium.io/DirectoryUser' AND t.record_count > 0))
+      -- Whoever signs in later is let in by the identity provider. Clocks differ.
+      AND coalesce(pgbroker.parse_time(r.data ->> 'issued_at'), r.modified_at) <= c.changed_at + interval '1 minute';
+END
+$$;
+COMMENT ON FUNCTION pgbroker.records_of_missing_users(text, bigint[], interval) IS
+  'The records of a type whose user is gone: those that it had when the tombstone with one of the given versions was written, '
+  'unless it is back, or that is not yet as long ago as grace.';
+
+CREATE FUNCTION pgbroker.end_records_of_missing_users(record_type text, tombstones bigint[], max_rows bigint) RETURNS bigint
+  LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+  grace    CONSTANT interval := '1 minute';
+  types    text[];
+  ids      text[];
+  versions bigint[];
+BEGIN
+  IF NOT EXISTS (SELECT FROM pgbroker.record_types t WHERE t.type = record_type AND t.end_sessions_of_missing_users)
+     OR NOT EXISTS (SELECT FROM pgbroker.records_of_missing_users(record_type, tombstones, grace)) THEN
+    RETURN 0;
+  END IF;
+  -- Found under the order lock: one that is used meanwhile has to go all the same, and nobody looks at a tombstone again.
+  LOCK TABLE pgbroker.records IN ROW EXCLUSIVE MODE;
+  PERFORM pgbroker.lock_order();
+  SELECT array_agg(record_type), array_agg(m.id), array_agg(m.version) INTO types, ids, versions
+    FROM (SELECT * FROM pgbroker.records_of_missing_users(record_type, tombstones, grace) LIMIT max_rows) AS m;
+  IF types IS NULL THEN
+    RETURN 0;
+  END IF;
+  RETURN pgbroker.end_records('user', types, ids, versions);
+END
+$$;
+COMMENT ON FUNCTION pgbroker.end_records_of_missing_users(text, bigint[], bigint) IS
+  'Deletes records whose user is gone for a minute, as tombstones with the given versions say, if that is an option of the type, and '
+  'returns how many.';
+REVOKE EXECUTE ON FUNCTION pgbroker.end_records_of_missing_users(text, bigint[], bigint) FROM PUBLIC;
 
 CREATE FUNCTION pgbroker.purge_tombstones(max_rows bigint, retention interval) RETURNS bigint
   LANGUAGE plpgsql SECURITY DEFINER

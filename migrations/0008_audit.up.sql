@@ -4,7 +4,7 @@ CREATE TABLE pgbroker.audit (
   number      bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
   at          timestamptz NOT NULL DEFAULT clock_timestamp(),
   change      text        NOT NULL DEFAULT 'ended' CHECK (change IN ('ended', 'moved', 'shortened', 'emptied')),
-  cause       text        NOT NULL CHECK (cause IN ('request', 'sql', 'expiry', 'idle', 'ttl', 'limit', 'capacity', 'clear', 'repair')),
+  cause       text        NOT NULL CHECK (cause IN ('request', 'sql', 'expiry', 'idle', 'ttl', 'limit', 'capacity', 'user', 'clear', 'repair')),
   type        text        COLLATE "C" NOT NULL,
   id          text        COLLATE "C",
   user_id     text,
@@ -25,7 +25,7 @@ COMMENT ON COLUMN pgbroker.audit.at IS 'When, by the database''s clock.';
 COMMENT ON COLUMN pgbroker.audit.change IS
   'ended: the record is gone; moved: it belongs to another user; shortened: it expires sooner, or has; emptied: it has lost its payload.';
 COMMENT ON COLUMN pgbroker.audit.cause IS
-  'request: of a gRPC client; sql: a statement; expiry, idle, ttl, limit, capacity: an option of the type; clear: everything was deleted; repair: pgbroker check found that it was gone.';
+  'request: of a gRPC client; sql: a statement; expiry, idle, ttl, limit, capacity, user: an option of the type; clear: everything was deleted; repair: pgbroker check found that it was gone.';
 COMMENT ON COLUMN pgbroker.audit.type IS 'Type of the record.';
 COMMENT ON COLUMN pgbroker.audit.id IS 'Id of the record; NULL after clear.';
 COMMENT ON COLUMN pgbroker.audit.user_id IS 'User whom the record belonged to, if it said so.';

@@ -19,7 +19,7 @@ DECLARE
   functions text;
   -- Functions that run as the owner, by what they are for.
   for_revoking text[] := '{revoke_session,revoke_user_sessions,revoke_idp_sessions}';
-  for_replicas text[] := '{write_records,put_search_texts,expire_records,expire_by_ttl,end_idle_records,end_excess_records,'
+  for_replicas text[] := '{write_records,put_search_texts,expire_records,expire_by_ttl,end_idle_records,end_excess_records,end_records_of_missing_users,'
     'clear_records,purge_audit,purge_tombstones}';
 BEGIN
   IF missing <> '{}' AND NOT (SELECT rolsuper OR rolcreaterole FROM pg_roles WHERE rolname = current_user) THEN

@@ -552,6 +552,7 @@ CREATE VIEW pgbroker.type_summary AS
     t.expiry_field,
     t.idle_timeout,
     t.user_limit,
+    t.end_sessions_of_missing_users,
     t.audited,
     t.projected_fields AS looked_up_by,
     t.index_version = t.indexed_version AS up_to_date,
@@ -566,6 +567,7 @@ COMMENT ON COLUMN pgbroker.type_summary.ttl IS 'Records not written for longer a
 COMMENT ON COLUMN pgbroker.type_summary.expiry_field IS 'Payload field whose time, once passed, deletes the record; NULL never.';
 COMMENT ON COLUMN pgbroker.type_summary.idle_timeout IS 'Records whose accessed_at is longer ago are deleted; NULL never.';
 COMMENT ON COLUMN pgbroker.type_summary.user_limit IS 'How many records one user may have; NULL any number.';
+COMMENT ON COLUMN pgbroker.type_summary.end_sessions_of_missing_users IS 'Whether records end when their user is deleted or goes from the directory.';
 COMMENT ON COLUMN pgbroker.type_summary.audited IS 'Whether deletions are audited.';
 COMMENT ON COLUMN pgbroker.type_summary.looked_up_by IS 'Payload fields that look-ups find by index.';
 COMMENT ON COLUMN pgbroker.type_summary.up_to_date IS 'Whether that and the expiry hold for every record already; if not, that is being done in the background.';

@@ -2,7 +2,7 @@
 
 CREATE FUNCTION pgbroker.would_end(
   record_type text, idle_timeout interval DEFAULT NULL, user_limit bigint DEFAULT NULL, ttl interval DEFAULT NULL,
-  capacity bigint DEFAULT NULL, expiry_field text DEFAULT NULL) RETURNS bigint
+  capacity bigint DEFAULT NULL, expiry_field text DEFAULT NULL, missing_users boolean DEFAULT false) RETURNS bigint
   LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
   kind    text := pgbroker.type_named(record_type);
@@ -34,10 +34,15 @@ BEGIN
       UNION
       SELECT r.id FROM pgbroker.records r
         WHERE $7 IS NOT NULL AND r.type = $1 AND pgbroker.parse_time(r.data #>> string_to_array($7, '.')) <= $2
+      UNION
+      SELECT m.id FROM pgbroker.records_of_missing_users($1, ARRAY(
+          SELECT c.version FROM pgbroker.changes c
+          WHERE c.deleted AND c.type IN ('type.googleapis.com/user.User', 'pomerium.io/DirectoryUser')), interval '0') AS m
+        WHERE $8
     ) AS e
-  $query$ INTO ends USING kind, present, idle_timeout, user_limit, ttl, capacity, nullif(expiry_field, '');
+  $query$ INTO ends USING kind, present, idle_timeout, user_limit, ttl, capacity, nullif(expiry_field, ''), missing_users;
   RETURN ends;
 END
 $$;
-COMMENT ON FUNCTION pgbroker.would_end(text, interval, bigint, interval, bigint, text) IS
+COMMENT ON FUNCTION pgbroker.would_end(text, interval, bigint, interval, bigint, text, boolean) IS
   'How many of the records that a type has now would end if these options were set; NULL leaves one out. It changes nothing.';

@@ -40,6 +40,14 @@ WHERE idle_timeout IS NOT NULL AND record_count > 0 ORDER BY type;
 SELECT type, user_limit::integer AS user_limit FROM pgbroker.record_types
 WHERE user_limit IS NOT NULL AND record_count > 0 AND 'user_id' = ANY (indexed_fields) ORDER BY type;
 
+-- name: TypesEndingWithUsers :many
+-- Types whose records end with their user, once every record can be found by its user.
+SELECT type FROM pgbroker.record_types
+WHERE end_sessions_of_missing_users AND record_count > 0 AND 'user_id' = ANY (indexed_fields) ORDER BY type;
+
+-- name: TypeSetEndSessionsOfMissingUsers :exec
+SELECT pgbroker.set_end_sessions_of_missing_users(@type, @ends::boolean);
+
 -- name: TypeSetExpiry :exec
 SELECT pgbroker.set_expiry(@type, sqlc.narg(field)::text);
 
@@ -54,7 +62,7 @@ SELECT pgbroker.set_audited(@type, @audited::boolean);
 
 -- name: TypeSummary :many
 -- Every type, or the one that a person means; written_at is the epoch where nothing was written yet.
-SELECT s.name::text AS name, s.records, coalesce(s.written_at, 'epoch')::timestamptz AS written_at, s.capacity, s.ttl, s.expiry_field, s.idle_timeout, s.user_limit, s.audited,
+SELECT s.name::text AS name, s.records, coalesce(s.written_at, 'epoch')::timestamptz AS written_at, s.capacity, s.ttl, s.expiry_field, s.idle_timeout, s.user_limit, s.end_sessions_of_missing_users, s.audited,
        s.looked_up_by::text[] AS looked_up_by, s.up_to_date::boolean AS up_to_date, s.type
 FROM pgbroker.type_summary s
 WHERE @type::text = '' OR s.type = pgbroker.type_named(@type::text)
@@ -63,4 +71,5 @@ ORDER BY s.type;
 -- name: TypeWouldEnd :one
 -- How many records the options would end if they were set.
 SELECT pgbroker.would_end(
-  @type, sqlc.narg(idle_timeout)::interval, sqlc.narg(user_limit)::bigint, NULL, NULL, sqlc.narg(expiry_field)::text)::bigint AS records;
+  @type, sqlc.narg(idle_timeout)::interval, sqlc.narg(user_limit)::bigint, NULL, NULL, sqlc.narg(expiry_field)::text,
+  @missing_users::boolean)::bigint AS records;

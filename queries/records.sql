@@ -124,6 +124,22 @@ FROM pgbroker.excess_records(@type, ARRAY(SELECT o.user_id FROM owners o)) AS e;
 -- name: RecordsEndExcess :one
 SELECT pgbroker.end_excess_records(@type, @ids::text[], @versions::bigint[])::bigint AS ended;
 
+-- name: UsersGone :one
+-- The tombstones of users of a type, of the next page of tombstones, all at least a minute old. An empty directory is lost rather
+-- than left by everybody: nothing is looked at then.
+SELECT coalesce(max(p.version), @after_version)::bigint AS last_version, count(*) AS seen,
+       coalesce(array_agg(p.version) FILTER (WHERE p.wanted), '{}')::bigint[] AS versions
+FROM (
+  SELECT c.version, c.type = @user_type::text AS wanted FROM pgbroker.changes c
+  WHERE c.deleted AND c.version > @after_version AND c.changed_at < clock_timestamp() - interval '1 minute'
+    AND (@user_type::text <> 'pomerium.io/DirectoryUser'
+         OR EXISTS (SELECT FROM pgbroker.record_types t WHERE t.type = 'pomerium.io/DirectoryUser' AND t.record_count > 0))
+  ORDER BY c.version LIMIT @max_rows
+) p;
+
+-- name: RecordsEndOfMissingUsers :one
+SELECT pgbroker.end_records_of_missing_users(@type, @tombstones::bigint[], @max_rows)::bigint AS ended;
+
 -- name: RecordsReindex :many
 -- Computes anew what writes take from the payload now, for a page of records of a type: the index, and the
 -- time of expiry. No change is logged.

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -50,7 +52,14 @@ type maintenance struct {
 	// By type. Whoever takes over begins anew, which costs one look at every record.
 	swept   map[string]time.Time     // when the latest sweep for idle records began
 	limited map[string]limitProgress // how far limits for users are enforced
+	gone    map[userSweep]int64      // the tombstone of a user up to which records have ended with it
 }
+
+// A userSweep is the search for records of one type whose user of another one is gone.
+type userSweep struct{ recordType, userType string }
+
+// userTypes say who is known: whoever has signed in, and the company directory.
+var userTypes = []string{"type.googleapis.com/user.User", "pomerium.io/DirectoryUser"}
 
 // limitProgress is a place in the change log up to which a limit holds.
 type limitProgress struct {
@@ -64,7 +73,7 @@ func (s *Server) newMaintenance() *maintenance {
 		interval: s.config.MaintenanceInterval, retention: s.config.TombstoneRetention, auditRetention: s.config.AuditRetention,
 		projector: s.projector, projectionGrace: s.config.ProjectionGrace,
 		supervisor: s.supervisor, misfits: s.misfits,
-		swept: make(map[string]time.Time), limited: make(map[string]limitProgress),
+		swept: make(map[string]time.Time), limited: make(map[string]limitProgress), gone: make(map[userSweep]int64),
 	}
 	m.noteCompleted()
 	return m
@@ -129,6 +138,7 @@ func (m *maintenance) round(ctx context.Context) error {
 	}
 	job("idle timeouts", m.endIdle)
 	job("limits for users", m.endExcess)
+	job("users that are gone", m.endOfMissingUsers)
 	drain("tombstones purged", m.purgeTombstones)
 	unindexed, err := m.queries.TypesToReindex(ctx)
 	if err != nil {
@@ -243,6 +253,57 @@ func (m *maintenance) enforceLimit(ctx context.Context, recordType string) error
 		// A record that was written meanwhile was spared, and is in the log again.
 		progress.version = page.LastVersion
 		m.limited[recordType] = progress
+		if page.Seen < maintenancePage {
+			return nil
+		}
+		if mine, err := m.hold(ctx); err != nil || !mine {
+			return err
+		}
+	}
+}
+
+// endOfMissingUsers deletes records whose user has been deleted, or has gone from the directory, of types that want that. The
+// tombstones of users are followed, however they came about.
+func (m *maintenance) endOfMissingUsers(ctx context.Context) error {
+	types, err := m.queries.TypesEndingWithUsers(ctx)
+	if err != nil {
+		return err
+	}
+	maps.DeleteFunc(m.gone, func(sweep userSweep, _ int64) bool { return !slices.Contains(types, sweep.recordType) })
+	var errs []error
+	for _, recordType := range types {
+		for _, userType := range userTypes {
+			if err := m.sweepUsers(ctx, userSweep{recordType, userType}); err != nil {
+				errs = append(errs, fmt.Errorf("%s: %w", recordType, err))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// sweepUsers follows the tombstones of a type of users to the end.
+func (m *maintenance) sweepUsers(ctx context.Context, sweep userSweep) error {
+	var ended int64
+	defer func() { m.report(ctx, "records of missing users deleted", ended) }()
+	for {
+		page, err := m.queries.UsersGone(ctx, db.UsersGoneParams{
+			UserType: sweep.userType, AfterVersion: m.gone[sweep], MaxRows: maintenancePage,
+		})
+		if err != nil {
+			return err
+		}
+		for tombstones := range slices.Chunk(page.Versions, maintenanceBatch) {
+			n, err := m.drain(ctx, func(ctx context.Context) (int64, error) {
+				return m.queries.RecordsEndOfMissingUsers(ctx, db.RecordsEndOfMissingUsersParams{
+					Type: sweep.recordType, Tombstones: tombstones, MaxRows: maintenanceBatch,
+				})
+			})
+			ended += n
+			if err != nil {
+				return err
+			}
+		}
+		m.gone[sweep] = page.LastVersion
 		if page.Seen < maintenancePage {
 			return nil
 		}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"regexp"
 	"slices"
 	"strconv"
@@ -19,6 +20,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 
+	"pgbroker/db/dbtest"
 	"pgbroker/proto/databroker"
 	"pgbroker/proto/session"
 	"pgbroker/server/servertest"
@@ -306,6 +308,48 @@ func TestServerCommands(t *testing.T) {
 	}
 }
 
+// TestEveryExitCode: each code of the table in docs/configuration.md comes out of a program that does what the table says.
+func TestEveryExitCode(t *testing.T) {
+	t.Parallel()
+	b := servertest.New(t, servertest.Options{})
+	env := environment(b.Replica)
+	mustTry(t, env, "lease", "acquire", "--name", "job")
+	mustTry(t, env, "record", "put", "-t", "session.Session", "-i", "a", "-d", `{"user_id": "jane"}`)
+	mustTry(t, env, "record", "put", "-t", "session.Session", "-i", "b", "-d", `{"user_id": "jane"}`)
+	damaged := dbtest.New(t)
+	damaged.Exec(t, `ALTER TABLE pgbroker.records DISABLE TRIGGER records_log_delete`)
+	seen := make(map[int]bool)
+	for _, c := range []struct {
+		code int
+		r    result
+	}{
+		{exitOK, try(t, env, "health")},
+		{exitFailure, try(t, env, "record", "query", "--filter", `{"a": {"$contains": "x"}}`)},
+		{exitUsage, try(t, env, "sessions", "revoke")},
+		{exitNotFound, try(t, env, "sessions", "show", "nobody")},
+		{exitTaken, try(t, env, "lease", "acquire", "--name", "job")},
+		{exitUnreachable, try(t, []string{"PGBROKER_ADDRESS=127.0.0.1:1"}, "health")},
+		{exitUnauthenticated, try(t, []string{env[0], "SHARED_SECRET=" + canary}, "types")},
+		{exitNoneMatched, try(t, env, "sessions", "revoke", "--user", "nobody", "--yes")},
+		{exitProblems, try(t, append(os.Environ(), "PGBROKER_DATABASE_URL="+damaged.ConnString), "check", "--quick")},
+		{exitInterrupted, tryAtTerminal(t, "no\n", 80, env, "sessions", "revoke", "--user", "jane")},
+	} {
+		if c.r.code != c.code {
+			t.Errorf("exit code %d, want %d: %s", c.r.code, c.code, c.r.stderr)
+		}
+		seen[c.code] = true
+	}
+	help := try(t, nil, "--help").stdout
+	for _, c := range exitCodes {
+		if !seen[c.code] {
+			t.Errorf("no program is run that ends with %d: %s", c.code, c.meaning)
+		}
+		if !strings.Contains(help, fmt.Sprintf("\n  %-4d %.20s", c.code, c.meaning)) {
+			t.Errorf("the help does not explain %d", c.code)
+		}
+	}
+}
+
 // TestExitCodes: what goes wrong between client and server, with what a person is told.
 func TestExitCodes(t *testing.T) {
 	broker := servertest.New(t, servertest.Options{})
@@ -548,6 +592,11 @@ func TestWatch(t *testing.T) {
 			continue
 		}
 		break
+	}
+	options := start(t, env, "watch", "--options", "-o", "json")
+	options.line(t, `{"type":"type.googleapis.com/session.SessionBindingRequest","options":{"capacity":50000,`)
+	if r := options.stop(t); r.code != exitOK {
+		t.Errorf("watch --options: %+v", r)
 	}
 	mustTry(t, env, "record", "put", "-t", "other", "-i", "1", "-d", "{}")
 	mustTry(t, env, "record", "delete", "-t", "session.Session", "-i", "before")

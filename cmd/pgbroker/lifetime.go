@@ -48,6 +48,7 @@ type shownType struct {
 	ExpiryField string   `json:"expiry_field,omitempty"`
 	IdleTimeout string   `json:"idle_timeout,omitempty"`
 	UserLimit   *int32   `json:"user_limit,omitempty"`
+	EndsWith    bool     `json:"end_sessions_of_missing_users"`
 	Audited     bool     `json:"audited"`
 	LookedUpBy  []string `json:"looked_up_by"`
 	UpToDate    bool     `json:"up_to_date"`
@@ -93,12 +94,12 @@ func (a *app) showTypes(ctx context.Context, queries *db.Queries, kind string) e
 		}
 		return *s
 	}
-	t := newTable("TYPE", "RECORDS", "CAPACITY", "TTL", "EXPIRES BY", "IDLE TIMEOUT", "USER LIMIT", "AUDITED").cut(0)
+	t := newTable("TYPE", "RECORDS", "CAPACITY", "TTL", "EXPIRES BY", "IDLE TIMEOUT", "USER LIMIT", "MISSING USERS", "AUDITED").cut(0)
 	for _, row := range rows {
 		if a.output == outputJSON {
 			if err := a.writeJSON(shownType{
 				row.Type, row.Records, row.Capacity, span(row.TTL), text(row.ExpiryField), span(row.IdleTimeout),
-				row.UserLimit, row.Audited, row.LookedUpBy, row.UpToDate,
+				row.UserLimit, row.EndSessionsOfMissingUsers, row.Audited, row.LookedUpBy, row.UpToDate,
 			}); err != nil {
 				return err
 			}
@@ -112,7 +113,7 @@ func (a *app) showTypes(ctx context.Context, queries *db.Queries, kind string) e
 			limit = strconv.Itoa(int(*row.UserLimit))
 		}
 		t.add(row.Name, strconv.FormatInt(row.Records, 10), capacity, span(row.TTL), text(row.ExpiryField),
-			span(row.IdleTimeout), limit, strconv.FormatBool(row.Audited))
+			span(row.IdleTimeout), limit, strconv.FormatBool(row.EndSessionsOfMissingUsers), strconv.FormatBool(row.Audited))
 	}
 	if a.output == outputJSON {
 		return nil
@@ -129,7 +130,8 @@ func (a *app) typesSetCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "set --type TYPE", Short: "Set for how long records of a type stay, in the database", Args: cobra.NoArgs,
 		Long: `Set for how long records of a type stay. Only what is given is changed, and it soon holds for the records that are there,
-too. When it ends some of them, it says how many and asks, unless --yes is given. Records that go leave tombstones. These options are
+too. Users that go end their sessions, if that is set, a minute or two after their record or that in the directory is deleted, unless
+it is back by then; 'pgbroker sessions orphans' lists sessions of users that are missing. When it ends some of the records, it says how many and asks, unless --yes is given. Records that go leave tombstones. These options are
 not part of the databroker interface, so this needs the database.
 
 ` + typeHelp,
@@ -149,7 +151,7 @@ not part of the databroker interface, so this needs the database.
 				a.say("warning: %s", unknownType(name.kind, "has neither records nor options yet"))
 			}
 			would, err := queries.TypeWouldEnd(ctx, db.TypeWouldEndParams{
-				Type: set.kind, IdleTimeout: set.idle, UserLimit: set.limit, ExpiryField: set.expiry,
+				Type: set.kind, IdleTimeout: set.idle, UserLimit: set.limit, ExpiryField: set.expiry, MissingUsers: set.missing,
 			})
 			if err != nil {
 				return err
@@ -174,6 +176,8 @@ not part of the databroker interface, so this needs the database.
 	cmd.Flags().StringVar(&options.expiry, "expiry-field", "", "payload field with the time at which a record ends; empty for none")
 	duration.Var(cmd.Flags(), &options.idle, "idle-timeout", 0, nil, "records whose accessed_at is longer ago end; 0 for none")
 	cmd.Flags().Int32Var(&options.limit, "user-limit", 0, "how many records a user may have, those issued last; 0 for any number")
+	cmd.Flags().BoolVar(&options.missing, "end-sessions-of-missing-users", false,
+		"records end when their user is deleted or goes from the directory")
 	cmd.Flags().BoolVar(&options.audit, "audit", false, "write deletions to the audit")
 	cmd.Flags().BoolVar(&yes, "yes", false, "do not ask")
 	a.addOutputFlag(cmd)
@@ -183,25 +187,27 @@ not part of the databroker interface, so this needs the database.
 
 // lifetimeFlags are what `types set` is given.
 type lifetimeFlags struct {
-	expiry string
-	idle   time.Duration
-	limit  int32
-	audit  bool
+	expiry  string
+	idle    time.Duration
+	limit   int32
+	missing bool
+	audit   bool
 }
 
 // lifetimes are options of a type that are to be set; what is nil and not given stays.
 type lifetimes struct {
-	kind   string
-	expiry *string
-	idle   *time.Duration
-	limit  *int64
-	audit  bool
-	given  func(flag string) bool
+	kind    string
+	expiry  *string
+	idle    *time.Duration
+	limit   *int64
+	missing bool
+	audit   bool
+	given   func(flag string) bool
 }
 
 // lifetimesOf reads the flags. What takes an option back is given as nil.
 func lifetimesOf(cmd *cobra.Command, kind string, flags *lifetimeFlags) (*lifetimes, error) {
-	set := &lifetimes{kind: kind, audit: flags.audit, given: cmd.Flags().Changed}
+	set := &lifetimes{kind: kind, missing: flags.missing, audit: flags.audit, given: cmd.Flags().Changed}
 	for flag, text := range map[string]string{"type": kind, "expiry-field": flags.expiry} {
 		if err := checkText(flag, text); err != nil {
 			return nil, err
@@ -214,7 +220,7 @@ func lifetimesOf(cmd *cobra.Command, kind string, flags *lifetimeFlags) (*lifeti
 		return nil, usagef("--idle-timeout: %v: must be more than 0, or 0 for none", flags.idle)
 	case flags.limit < 0:
 		return nil, usagef("--user-limit: %d: must be more than 0, or 0 for none", flags.limit)
-	case !slices.ContainsFunc([]string{"expiry-field", "idle-timeout", "user-limit", "audit"}, set.given):
+	case !slices.ContainsFunc([]string{"expiry-field", "idle-timeout", "user-limit", "end-sessions-of-missing-users", "audit"}, set.given):
 		return nil, usagef("give what to set, such as --idle-timeout")
 	}
 	if flags.expiry != "" {
@@ -247,6 +253,12 @@ func (l *lifetimes) apply(ctx context.Context, queries *db.Queries) error {
 			limit = &records
 		}
 		if err := queries.TypeSetUserLimit(ctx, db.TypeSetUserLimitParams{Type: l.kind, Records: limit}); err != nil {
+			return err
+		}
+	}
+	if l.given("end-sessions-of-missing-users") {
+		params := db.TypeSetEndSessionsOfMissingUsersParams{Type: l.kind, Ends: l.missing}
+		if err := queries.TypeSetEndSessionsOfMissingUsers(ctx, params); err != nil {
 			return err
 		}
 	}

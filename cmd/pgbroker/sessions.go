@@ -39,7 +39,7 @@ const (
 )
 
 func (a *app) sessionsCommand() *cobra.Command {
-	cmd := group("sessions", "List and revoke sessions", a.sessionsListCommand(), a.sessionsShowCommand(), a.sessionsRevokeCommand())
+	cmd := group("sessions", "List and revoke sessions", a.sessionsListCommand(), a.sessionsShowCommand(), a.sessionsOrphansCommand(), a.sessionsRevokeCommand())
 	cmd.Long = `List and revoke sessions. A revoked session is deleted, and every proxy hears of it at once. What these commands do goes
 through the server, so they work with any databroker. For more than they can ask, see docs/sql.md.
 
@@ -327,6 +327,11 @@ never used counts as used when it was issued.`,
 }
 
 func (a *app) showSessions(sessions []foundSession) error {
+	return a.showSessionsWith(sessions, "", nil)
+}
+
+// showSessionsWith shows sessions with one more column, which more returns for each, with what is shown as JSON.
+func (a *app) showSessionsWith(sessions []foundSession, column string, more func(*foundSession, listedSession) (string, any)) error {
 	now := time.Now()
 	show := func(t *time.Time) string {
 		if t == nil {
@@ -334,17 +339,27 @@ func (a *app) showSessions(sessions []foundSession) error {
 		}
 		return showTime(*t)
 	}
-	t := newTable("ID", "USER", "EMAIL", "IDP", "LAST USED", "EXPIRES").cut(3, 2, 1)
+	header := []string{"ID", "USER", "EMAIL", "IDP", "LAST USED", "EXPIRES"}
+	if column != "" {
+		header = append(header, column)
+	}
+	t := newTable(header...).cut(3, 2, 1, 0)
 	for i := range sessions {
 		listed := sessions[i].listed(now)
+		used := sessions[i].lastUsed()
+		cells := []string{listed.ID, listed.UserID, listed.Email, listed.IdpID, show(&used), show(listed.ExpiresAt)}
+		var line any = listed
+		if more != nil {
+			cell, object := more(&sessions[i], listed)
+			cells, line = append(cells, cell), object
+		}
 		if a.output == outputJSON {
-			if err := a.writeJSON(listed); err != nil {
+			if err := a.writeJSON(line); err != nil {
 				return err
 			}
 			continue
 		}
-		used := sessions[i].lastUsed()
-		t.add(listed.ID, listed.UserID, listed.Email, listed.IdpID, show(&used), show(listed.ExpiresAt))
+		t.add(cells...)
 	}
 	if a.output == outputJSON {
 		return nil

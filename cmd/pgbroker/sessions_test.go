@@ -251,6 +251,45 @@ func TestSessionsByPerson(t *testing.T) {
 	}
 }
 
+func TestSessionsOrphans(t *testing.T) {
+	t.Parallel()
+	b := servertest.New(t, servertest.Options{})
+	env := environment(b.Replica)
+	put := func(recordType, id, data string) {
+		t.Helper()
+		mustTry(t, env, "record", "put", "-t", recordType, "-i", id, "-d", data)
+	}
+	for _, id := range []string{"both", "user-only", "directory-only", "nobody"} {
+		put("session.Session", "s-"+id, `{"user_id": "`+id+`"}`)
+	}
+	put("user.User", "both", `{"id": "both"}`)
+	put("user.User", "user-only", `{"id": "user-only"}`)
+	orphans := func(want ...string) {
+		t.Helper()
+		var got []string
+		for line := range strings.Lines(mustTry(t, env, "sessions", "orphans", "-o", "json")) {
+			var shown struct {
+				ID          string   `json:"id"`
+				MissingFrom []string `json:"missing_from"`
+			}
+			if err := json.Unmarshal([]byte(line), &shown); err != nil {
+				t.Fatal(err)
+			}
+			got = append(got, shown.ID+" "+strings.Join(shown.MissingFrom, "+"))
+		}
+		if slices.Sort(got); !slices.Equal(got, want) {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+	orphans("s-directory-only users", "s-nobody users") // a directory that is empty is not in use
+	put("pomerium.io/DirectoryUser", "both", `{"id": "both"}`)
+	put("pomerium.io/DirectoryUser", "directory-only", `{"id": "directory-only"}`)
+	orphans("s-directory-only users", "s-nobody users+directory", "s-user-only directory")
+	if out := mustTry(t, env, "sessions", "orphans"); !strings.Contains(out, "MISSING FROM\n") || !strings.Contains(out, "users, directory\n") {
+		t.Errorf("got %s", out)
+	}
+}
+
 // Whoever interrupts a revocation is told how far it has come, and what was asked for by then is done.
 func TestInterruptedRevocation(t *testing.T) {
 	t.Parallel()
@@ -376,13 +415,13 @@ func TestTypesSetAndShow(t *testing.T) {
 	t.Parallel()
 	d := dbtest.New(t)
 	env := []string{"PGBROKER_DATABASE_URL=" + d.ConnString}
-	out := mustTry(t, env, "types", "set", "-t", "session.Session", "--idle-timeout", "8h", "--user-limit", "5", "--expiry-field", "expires_at", "--audit=false")
-	want := "TYPE  RECORDS  CAPACITY  TTL  EXPIRES BY  IDLE TIMEOUT  USER LIMIT  AUDITED\nsession.Session  0  expires_at  8h  5  false\n"
+	out := mustTry(t, env, "types", "set", "-t", "session.Session", "--idle-timeout", "8h", "--user-limit", "5", "--expiry-field", "expires_at", "--audit=false", "--end-sessions-of-missing-users")
+	want := "TYPE  RECORDS  CAPACITY  TTL  EXPIRES BY  IDLE TIMEOUT  USER LIMIT  MISSING USERS  AUDITED\nsession.Session  0  expires_at  8h  5  true  false\n"
 	if squeezed := regexp.MustCompile(` {2,}`).ReplaceAllString(out, "  "); squeezed != want {
 		t.Errorf("got\n%s, want\n%s", squeezed, want)
 	}
-	out = mustTry(t, env, "types", "set", "-t", "session.Session", "--idle-timeout", "0", "--user-limit", "0", "--expiry-field", "", "-o", "json")
-	want = `{"type":"type.googleapis.com/session.Session","records":0,"audited":false,"looked_up_by":["idp_id","user_id"],"up_to_date":true}` + "\n"
+	out = mustTry(t, env, "types", "set", "-t", "session.Session", "--idle-timeout", "0", "--user-limit", "0", "--expiry-field", "", "--end-sessions-of-missing-users=false", "-o", "json")
+	want = `{"type":"type.googleapis.com/session.Session","records":0,"end_sessions_of_missing_users":false,"audited":false,"looked_up_by":["idp_id","user_id"],"up_to_date":true}` + "\n"
 	if out != want {
 		t.Errorf("got %s, want %s", out, want)
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -234,12 +235,22 @@ func (w *watch) show(record *databroker.Record, options *databroker.TypedOptions
 	return nil
 }
 
+// A changedOptions is a line of `watch --options -o json`. In the interface the type is called typeURL.
+type changedOptions struct {
+	Type    string          `json:"type"`
+	Options json.RawMessage `json:"options"`
+}
+
 func (w *watch) print(record *databroker.Record, options *databroker.TypedOptions) error {
 	switch {
 	case options != nil && !w.options, options == nil && record == nil:
 		return nil
 	case options != nil && w.a.output == outputJSON:
-		return w.a.writeProto(options)
+		set, err := plainJSON(options.GetOptions())
+		if err != nil {
+			return err
+		}
+		return w.a.writeJSON(changedOptions{options.GetTypeURL(), set})
 	case options != nil:
 		return w.printer.write(w.a.stdout, "", showTime(time.Now()), "options", shortType(options.GetTypeURL()), "", optionsSummary(options.GetOptions()))
 	case w.a.output == outputJSON:

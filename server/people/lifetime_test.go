@@ -159,3 +159,88 @@ func TestWhatAvoidsScansIsNotCompiled(t *testing.T) {
 		t.Errorf("%d functions were looked at", n)
 	}
 }
+
+// A user that goes ends its sessions, however it goes, if the type says so; one that comes back in time, and those of whom
+// nobody has ever known, do not.
+func TestSessionsOfMissingUsers(t *testing.T) {
+	t.Parallel()
+	b := servertest.New(t, servertest.Options{Configure: busy})
+	now := time.Now()
+	inDirectory := func(id string) *databroker.Record {
+		return record(t, "pomerium.io/DirectoryUser", id, object(t, map[string]any{"id": id}))
+	}
+	for _, id := range []string{"by-grpc", "by-sql", "from-directory", "back", "late", "stays", "of-old"} {
+		put(t, b.Replica, aUser(t, id, id), inDirectory(id),
+			record(t, "", "s-"+id, aSession("s-"+id, id, "okta", now.Add(-time.Hour), now, now.Add(time.Hour))))
+	}
+	put(t, b.Replica, record(t, "", "s-never-known", aSession("s-never-known", "never-known", "okta", now.Add(-time.Hour), now, now.Add(time.Hour))))
+	all := []string{"s-back", "s-by-grpc", "s-by-sql", "s-from-directory", "s-late", "s-never-known", "s-of-old", "s-stays"}
+
+	// Tombstones of long ago count as well, once the option is set. Their time cannot be set, so that of all is moved back.
+	age := func() {
+		t.Helper()
+		b.Database.Exec(t, `ALTER TABLE pgbroker.changes DISABLE TRIGGER USER;
+			UPDATE pgbroker.changes SET changed_at = changed_at - interval '2 minutes' WHERE deleted;
+			ALTER TABLE pgbroker.changes ENABLE TRIGGER USER`)
+	}
+	b.Database.Exec(t, `DELETE FROM pgbroker.users WHERE id = 'of-old'`)
+	age()
+	put(t, b.Replica, deletion(userType, "by-grpc"), deletion("pomerium.io/DirectoryUser", "back"))
+	b.Database.Exec(t, `DELETE FROM pgbroker.users WHERE id = 'by-sql'; DELETE FROM pgbroker.directory_users WHERE id = 'from-directory'`)
+	put(t, b.Replica, inDirectory("back"))
+	if n := value[int](t, b.Database, `SELECT pgbroker.would_end('session.Session', missing_users => true)`); n != 4 {
+		t.Errorf("would_end says %d, want 4", n)
+	}
+	awaitIDs(t, b, sessionType, all...)
+	b.Database.Exec(t, `SELECT pgbroker.set_end_sessions_of_missing_users('session.Session', true)`)
+	awaitIDs(t, b, sessionType, "s-back", "s-by-grpc", "s-by-sql", "s-from-directory", "s-late", "s-never-known", "s-stays")
+	// A minute is for what comes back.
+	if n := value[int](t, b.Database, `SELECT count(*) FROM pgbroker.sessions WHERE id IN ('s-by-grpc', 's-by-sql', 's-from-directory')`); n != 3 {
+		t.Errorf("%d of 3 sessions are left before a minute has passed", n)
+	}
+	age()
+	awaitIDs(t, b, sessionType, "s-back", "s-late", "s-never-known", "s-stays")
+	got := column[string](t, b.Database, `SELECT DISTINCT cause FROM pgbroker.revocations WHERE what = 'session.Session'`)
+	if !slices.Equal(got, []string{"user"}) {
+		t.Errorf("the audit has %q, want user", got)
+	}
+
+	// Who signs in after he has gone from the directory stays.
+	b.Database.Exec(t, `DELETE FROM pgbroker.directory_users WHERE id = 'late'`)
+	put(t, b.Replica, record(t, "", "s-later", aSession("s-later", "late", "okta", now.Add(time.Hour), now, now.Add(2*time.Hour))))
+	age()
+	awaitIDs(t, b, sessionType, "s-back", "s-later", "s-never-known", "s-stays")
+
+	// A directory without any user is lost, not left. What has gone from it counts once it is there again.
+	b.Database.Exec(t, `DELETE FROM pgbroker.directory_users`)
+	age()
+	b.Database.Exec(t, `DELETE FROM pgbroker.users WHERE id = 'back'`)
+	age()
+	awaitIDs(t, b, sessionType, "s-later", "s-never-known", "s-stays") // the periodic work has seen what was there before
+	put(t, b.Replica, inDirectory("somebody"))
+	awaitIDs(t, b, sessionType, "s-later", "s-never-known")
+
+	// Nobody else can end what is not due.
+	if n := value[int](t, b.Database, `SELECT pgbroker.end_records_of_missing_users($1, ARRAY(SELECT version FROM pgbroker.changes), 10)`, sessionType); n != 0 {
+		t.Errorf("%d sessions were ended that were not due", n)
+	}
+}
+
+// More sessions of a user than go at a time, and more tombstones than are looked at.
+func TestManySessionsOfMissingUsers(t *testing.T) {
+	t.Parallel()
+	b := servertest.New(t, servertest.Options{Configure: busy})
+	b.Database.Exec(t, `
+		INSERT INTO pgbroker.records (type, id, data) SELECT 'pomerium.io/DirectoryUser', 'u' || i, '{}' FROM generate_series(1, 2500) AS i;
+		INSERT INTO pgbroker.records (type, id, data) SELECT 'type.googleapis.com/session.Session', 's' || i,
+			jsonb_build_object('user_id', CASE WHEN i <= 500 THEN 'u1' ELSE 'u' || i END) FROM generate_series(1, 2500) AS i;
+		SELECT pgbroker.set_end_sessions_of_missing_users('session.Session', true);
+		DELETE FROM pgbroker.directory_users WHERE id <> 'u2500';
+		ALTER TABLE pgbroker.changes DISABLE TRIGGER USER;
+		UPDATE pgbroker.changes SET changed_at = changed_at - interval '2 minutes' WHERE deleted;
+		ALTER TABLE pgbroker.changes ENABLE TRIGGER USER;
+		ALTER TABLE pgbroker.records DISABLE TRIGGER USER;
+		UPDATE pgbroker.records SET modified_at = modified_at - interval '4 minutes';
+		ALTER TABLE pgbroker.records ENABLE TRIGGER USER`)
+	awaitIDs(t, b, sessionType, "s2500")
+}
