@@ -45,7 +45,7 @@ func TestConnStringFile(t *testing.T) {
 	d, log := open(t, db.Config{ConnStringFile: path})
 	get[int](t, d, "SELECT 1")
 
-	p.Exec("ALTER USER pgbroker PASSWORD 'rotated'")
+	p.Exec("ALTER USER " + dbtest.OwnerRole + " PASSWORD 'rotated'")
 	write(strings.Replace(p.ConnString(), dbtest.Password, "rotated", 1))
 	get[int](t, d, "SELECT 1") // the open connection goes on
 	d.Reset()
@@ -71,7 +71,7 @@ func TestConnStringFile(t *testing.T) {
 	}
 
 	// Before it has ever been right there is nothing to go back to.
-	p.Exec("ALTER USER pgbroker PASSWORD 'again'")
+	p.Exec("ALTER USER " + dbtest.OwnerRole + " PASSWORD 'again'")
 	write(p.ConnString())
 	d.Reset()
 	if err := ping(d)(t.Context()); !db.IsUnavailable(err) {
@@ -95,7 +95,7 @@ func TestPassfile(t *testing.T) {
 	write(dbtest.Password)
 	d, _ := open(t, db.Config{ConnString: strings.Replace(p.ConnString(), ":"+dbtest.Password, "", 1) + "&passfile=" + path})
 	get[int](t, d, "SELECT 1")
-	p.Exec("ALTER USER pgbroker PASSWORD 'rotated'")
+	p.Exec("ALTER USER " + dbtest.OwnerRole + " PASSWORD 'rotated'")
 	write("rotated")
 	d.Reset()
 	get[int](t, d, "SELECT 1")
@@ -246,7 +246,7 @@ func TestReadOnly(t *testing.T) {
 	old := dbtest.Server(t, nil)
 	next := dbtest.Server(t, nil)
 	for _, p := range []*dbtest.Postgres{old, next} {
-		p.Exec("CREATE TABLE t (x int)")
+		p.Exec("SET ROLE " + dbtest.OwnerRole + "; CREATE TABLE t (x int)")
 	}
 	readOnly := func(t *testing.T, d *db.DB, state string) {
 		t.Helper()
@@ -305,7 +305,7 @@ func TestReadOnly(t *testing.T) {
 func TestFailover(t *testing.T) {
 	t.Parallel()
 	primary := dbtest.Server(t, nil)
-	primary.Exec("CREATE TABLE t (x int)")
+	primary.Exec("SET ROLE " + dbtest.OwnerRole + "; CREATE TABLE t (x int)")
 	standby := primary.Standby(nil)
 	standby.CatchUp(primary)
 	d, log := open(t, db.Config{ConnString: dbtest.ConnString(primary.Addr(), standby.Addr())})

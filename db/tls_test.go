@@ -130,7 +130,7 @@ func TestTLS(t *testing.T) {
 	file := func(name string) string { return filepath.Join(dir, name) }
 	writeCert(t, file("ca.crt"), ca.cert)
 	writeCert(t, file("other.crt"), other.cert)
-	cert, key = ca.sign(t, "pgbroker")
+	cert, key = ca.sign(t, dbtest.OwnerRole)
 	writeCert(t, file("client.crt"), cert)
 	writeKey(t, file("client.key"), key)
 	base := strings.Replace(p.ConnString(), "?sslmode=disable", "?", 1)
@@ -162,7 +162,7 @@ func TestTLS(t *testing.T) {
 	if err := ping(d)(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	cert, key = other.sign(t, "pgbroker")
+	cert, key = other.sign(t, dbtest.OwnerRole)
 	writeCert(t, file("client.crt"), cert)
 	writeKey(t, file("client.key"), key)
 	d.Reset()
@@ -172,7 +172,7 @@ func TestTLS(t *testing.T) {
 		}
 		return nil
 	})
-	cert, key = ca.sign(t, "pgbroker")
+	cert, key = ca.sign(t, dbtest.OwnerRole)
 	writeCert(t, file("client.crt"), cert)
 	writeKey(t, file("client.key"), key)
 	await(t, ping(d))

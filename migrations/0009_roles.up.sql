@@ -39,12 +39,20 @@ BEGIN
   FOREACH r IN ARRAY missing LOOP
     RETURN NEXT format('CREATE ROLE %I LOGIN;', r);
   END LOOP;
-  -- Functions that run with the rights of their caller are for everybody, also where the owner's default privileges take
-  -- EXECUTE from PUBLIC: views and triggers call them as whoever uses these. Those that run as the owner (SECURITY DEFINER)
-  -- are given out by name, below.
+  -- What runs as the owner is for nobody else. PUBLIC has it back after a restore without rights (pg_restore --no-acl).
   SELECT string_agg(p.oid::regprocedure::text, ', ' ORDER BY p.oid::regprocedure::text) INTO functions
     FROM pg_proc p
-    WHERE p.pronamespace = 'pgbroker'::regnamespace AND NOT p.prosecdef AND p.prorettype <> 'trigger'::regtype
+    WHERE p.pronamespace = 'pgbroker'::regnamespace AND p.prosecdef
+      AND pg_has_role(p.proowner, 'USAGE') AND has_function_privilege('public', p.oid, 'EXECUTE');
+  IF functions IS NOT NULL THEN
+    RETURN NEXT format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC;', functions);
+  END IF;
+  -- Functions that run with the rights of their caller are for everybody, also where the owner's default privileges take
+  -- EXECUTE from PUBLIC: views and triggers call them as whoever uses these, and bulk loads make a trigger of their own. Those
+  -- that run as the owner (SECURITY DEFINER) are given out by name, below.
+  SELECT string_agg(p.oid::regprocedure::text, ', ' ORDER BY p.oid::regprocedure::text) INTO functions
+    FROM pg_proc p
+    WHERE p.pronamespace = 'pgbroker'::regnamespace AND NOT p.prosecdef
       AND pg_has_role(p.proowner, 'USAGE') AND NOT has_function_privilege('public', p.oid, 'EXECUTE');
   FOREACH r IN ARRAY roles LOOP
     -- What it has too much goes.

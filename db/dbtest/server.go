@@ -21,8 +21,8 @@ import (
 	"pgbroker/db/embedded"
 )
 
-// Password is the password of the user of every server that Server starts, so
-// that one connection string can name several of them.
+// Password is the password of OwnerRole, and of the superuser, on every server
+// that Server starts, so that one connection string can name several of them.
 const Password = "dbtest-password"
 
 // Postgres is a server of one test, to be stopped and killed at will. Unlike
@@ -36,7 +36,8 @@ type Postgres struct {
 
 // Server starts a private server with further settings, which may be nil. It
 // listens on a port of 127.0.0.1, which stays the same through restarts, and on
-// a socket. It is removed when the test ends. Its database pgbroker is empty.
+// a socket. It is removed when the test ends. Its database pgbroker is empty and
+// belongs to OwnerRole, which is no superuser.
 //
 // The test is skipped, or failed if CI=true, when there are no server binaries.
 func Server(t testing.TB, settings map[string]string) *Postgres {
@@ -94,6 +95,8 @@ func start(t testing.TB, cfg embedded.Config) *Postgres {
 	})
 	if cfg.StandbyOf == "" { // a standby has it from its primary
 		p.Exec("ALTER USER " + embedded.User + " PASSWORD '" + Password + "'")
+		p.Exec("CREATE ROLE " + OwnerRole + " LOGIN PASSWORD '" + Password + "'")
+		p.Exec("ALTER DATABASE " + embedded.Database + " OWNER TO " + OwnerRole)
 	}
 	return p
 }
@@ -101,11 +104,12 @@ func start(t testing.TB, cfg embedded.Config) *Postgres {
 // Addr returns the address of the server, 127.0.0.1 and its port.
 func (p *Postgres) Addr() string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(p.server.Port())) }
 
-// ConnString returns the connection string of the server over TCP.
+// ConnString returns the connection string of the server over TCP, as
+// OwnerRole.
 func (p *Postgres) ConnString() string { return ConnString(p.Addr()) }
 
 // SocketConnString returns the connection string of the server over its
-// socket.
+// socket, as the superuser.
 func (p *Postgres) SocketConnString() string { return p.server.ConnString() }
 
 // Dir returns the directory of the server's files, which belongs to the user
@@ -121,11 +125,22 @@ func (p *Postgres) PID() int { return p.server.PID() }
 // Done is closed when the postmaster has ended, until Restart.
 func (p *Postgres) Done() <-chan struct{} { return p.server.Done() }
 
+// As returns the connection string of the server over its socket for another
+// role.
+func (p *Postgres) As(role string) string {
+	connString, err := with(p.SocketConnString(), embedded.Database, role)
+	if err != nil {
+		p.t.Fatalf("dbtest: %v", err)
+	}
+	return connString
+}
+
 // ConnString returns a connection string that names several addresses, of
-// servers that Server has started or of nobody, in the given order.
+// servers that Server has started or of nobody, in the given order, as
+// OwnerRole.
 func ConnString(addrs ...string) string {
 	u := url.URL{
-		Scheme: "postgres", User: url.UserPassword(embedded.User, Password),
+		Scheme: "postgres", User: url.UserPassword(OwnerRole, Password),
 		Host: strings.Join(addrs, ","), Path: "/" + embedded.Database, RawQuery: "sslmode=disable",
 	}
 	return u.String()
@@ -232,20 +247,20 @@ func (p *Postgres) Follow(primary *Postgres) {
 	p.Restart()
 }
 
-// Dump writes the database into a new file, as pg_dump does, and returns its
-// path.
+// Dump writes the database into a new file, as pg_dump does for its owner, and
+// returns its path.
 func (p *Postgres) Dump() string {
 	p.t.Helper()
 	path := filepath.Join(p.t.TempDir(), "dump")
-	p.run("pg_dump", "--format=custom", "--file="+path, "--dbname="+p.SocketConnString())
+	p.run("pg_dump", "--format=custom", "--file="+path, "--dbname="+p.As(OwnerRole))
 	return path
 }
 
-// Load restores a dump into the empty database, as pg_restore does, in one
-// transaction: nobody sees half of it.
-func (p *Postgres) Load(dump string) {
+// Load restores a dump into the empty database, as pg_restore does for its
+// owner, in one transaction: nobody sees half of it.
+func (p *Postgres) Load(dump string, options ...string) {
 	p.t.Helper()
-	p.run("pg_restore", "--single-transaction", "--dbname="+p.SocketConnString(), dump)
+	p.run("pg_restore", append(options, "--single-transaction", "--dbname="+p.As(OwnerRole), dump)...)
 }
 
 func (p *Postgres) run(tool string, args ...string) {

@@ -74,7 +74,7 @@ func TestI5_WithAHiddenTimeline(t *testing.T) {
 			END LOOP;
 		END $$`)
 	standby := newStandby(primary)
-	w := newWorld(t, 2, strings.Replace(dbtest.ConnString(primary.Addr(), standby.Addr()), "//pgbroker:", "//broker:", 1))
+	w := newWorld(t, 2, strings.Replace(dbtest.ConnString(primary.Addr(), standby.Addr()), "//"+dbtest.OwnerRole+":", "//broker:", 1))
 	if !strings.Contains(w.log.String(), "hides its timeline") {
 		t.Error("the log does not say that the timeline is hidden")
 	}

@@ -36,13 +36,33 @@ type guarded struct {
 	views                           []string
 }
 
+// whateverPublicMay runs a test of roles where PUBLIC may what it usually may, and where it may nothing: roles need no more
+// than their grants.
+func whateverPublicMay(t *testing.T, test func(t *testing.T, g guarded)) {
+	t.Helper()
+	t.Run("usual", func(t *testing.T) {
+		t.Parallel()
+		test(t, newGuarded(t))
+	})
+	t.Run("nothing", func(t *testing.T) {
+		t.Parallel()
+		d := dbtest.New(t)
+		d.Exec(t, "REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA pgbroker FROM PUBLIC; REVOKE ALL ON DATABASE "+d.Name+" FROM PUBLIC")
+		test(t, guard(t, d))
+	})
+}
+
 func newGuarded(t *testing.T) guarded {
 	t.Helper()
-	d := dbtest.New(t)
+	return guard(t, dbtest.New(t))
+}
+
+func guard(t *testing.T, d *dbtest.Database) guarded {
+	t.Helper()
 	// Names that have to be quoted.
 	g := guarded{Database: d, reader: `Reader "` + d.Name + `"`, writer: `Writer; ` + d.Name, server: `Server'` + d.Name, revoker: "Revoker-" + d.Name}
 	roles(t, d, g.reader, g.writer, g.server, g.revoker)
-	r := servertest.Start(t, d.ServerConnString, servertest.Options{Configure: quiet})
+	r := servertest.Start(t, d.As(t, g.server), servertest.Options{Configure: quiet})
 	for _, v := range typedViews(t) {
 		put(t, r, v.record)
 	}
@@ -133,7 +153,10 @@ func (v *visitor) checkHeard(t *testing.T, texts ...string) {
 // type that no view is about, whatever it tries.
 func TestReaderSeesNoSecret(t *testing.T) {
 	t.Parallel()
-	g := newGuarded(t)
+	whateverPublicMay(t, readerSeesNoSecret)
+}
+
+func readerSeesNoSecret(t *testing.T, g guarded) {
 	g.AdminExec(t, "CREATE SCHEMA evil AUTHORIZATION "+pgx.Identifier{g.reader}.Sanitize())
 	v := g.visit(t, g.reader)
 
@@ -189,7 +212,10 @@ func TestReaderSeesNoSecret(t *testing.T) {
 // back what others have put into a payload, nor touch what the broker rests on.
 func TestWriterReadsNoPayload(t *testing.T) {
 	t.Parallel()
-	g := newGuarded(t)
+	whateverPublicMay(t, writerReadsNoPayload)
+}
+
+func writerReadsNoPayload(t *testing.T, g guarded) {
 	g.AdminExec(t, "CREATE SCHEMA evil AUTHORIZATION "+pgx.Identifier{g.writer}.Sanitize())
 	v := g.visit(t, g.writer)
 	const denied = pgerrcode.InsufficientPrivilege
@@ -214,6 +240,7 @@ func TestWriterReadsNoPayload(t *testing.T) {
 
 	// Bulk loads compare with payloads: they are for the server's role.
 	bulk := []string{`SELECT pgbroker.stage_records('{"jane": {"email": "new@example.com"}}')`, `SELECT pgbroker.replace_records('pomerium.io/DirectoryUser')`}
+	g.Exec(t, "GRANT TEMPORARY ON DATABASE "+g.Name+" TO "+pgx.Identifier{g.writer}.Sanitize())
 	v.expect(t, "", bulk[0])
 	v.expect(t, denied, bulk[1])
 	g.visit(t, g.server).expect(t, "", bulk...)
@@ -257,7 +284,10 @@ func TestWriterReadsNoPayload(t *testing.T) {
 // grants give to its role, and that is not everything.
 func TestServerRoleIsEnough(t *testing.T) {
 	t.Parallel()
-	g := newGuarded(t)
+	whateverPublicMay(t, serverRoleIsEnough)
+}
+
+func serverRoleIsEnough(t *testing.T, g guarded) {
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	var log logged
