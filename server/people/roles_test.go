@@ -424,9 +424,15 @@ func TestGrantsTakeBack(t *testing.T) {
 	roles(t, d, reader, writer, server)
 	d.Exec(t, "GRANT ALL ON ALL TABLES IN SCHEMA pgbroker TO "+reader)
 	d.Exec(t, "GRANT SELECT (payload) ON pgbroker.records TO "+reader)
+	d.Exec(t, "GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA pgbroker TO "+reader)
+	d.Exec(t, "GRANT CREATE ON SCHEMA pgbroker TO "+reader)
 	d.Exec(t, strings.Join(column[string](t, d, `SELECT pgbroker.grants($1, NULL, '')`, reader), "\n"))
 	if value[bool](t, d, `SELECT has_any_column_privilege($1, 'pgbroker.records', 'SELECT, UPDATE') OR has_table_privilege($1, 'pgbroker.sessions', 'DELETE')`, reader) {
 		t.Error("the reader may still read payloads or delete")
+	}
+	if value[bool](t, d, `SELECT has_schema_privilege($1, 'pgbroker', 'CREATE') OR EXISTS (SELECT FROM pg_proc
+			WHERE pronamespace = 'pgbroker'::regnamespace AND prosecdef AND has_function_privilege($1, oid, 'EXECUTE'))`, reader) {
+		t.Error("the reader may still create something, or execute what runs as the owner")
 	}
 	if !value[bool](t, d, `SELECT has_table_privilege($1, 'pgbroker.sessions', 'SELECT')`, reader) {
 		t.Error("the reader cannot read")
