@@ -79,7 +79,7 @@ func (s storm) runWith(t *testing.T, breakage string) []string {
 		broker.Database.Exec(t, breakage)
 	}
 	// Without the order lock writers deadlock: the sooner they notice, the sooner they go on.
-	broker.Database.Exec(t, `DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET deadlock_timeout = ''20ms''', current_database()); END $$`)
+	broker.Database.AdminExec(t, `DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET deadlock_timeout = ''20ms''', current_database()); END $$`)
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	info, err := broker.ServerInfo(ctx, nil)

@@ -181,8 +181,7 @@ func TestI3_OneTombstoneForEveryWayOut(t *testing.T) {
 		{"revoke_session", live("x"), sql(`SELECT pgbroker.revoke_session('x')`)},
 		{"revoke_user_sessions", live("x"), sql(`SELECT pgbroker.revoke_user_sessions('user-x')`)},
 		{"TTL", record(t, bindingType, "x", &session.SessionBinding{}), sql(
-			`UPDATE pgbroker.record_types SET ttl = '1 hour' WHERE type = '` + bindingType + `';
-			 UPDATE pgbroker.changes SET changed_at = changed_at - interval '61 minutes'`)},
+			`UPDATE pgbroker.record_types SET ttl = '1 microsecond' WHERE type = '` + bindingType + `'`)},
 		{"expiry", record(t, sessionType, "x", &session.Session{Id: "x", ExpiresAt: past}), func(*testing.T, *servertest.Broker) {}},
 		{"capacity", live("x"), func(t *testing.T, b *servertest.Broker) {
 			capacity := uint64(1)

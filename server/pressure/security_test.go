@@ -179,13 +179,7 @@ func TestAReaderSeesNoTokens(t *testing.T) {
 	const secret = "s3cr3t-t0k3n"
 	b := servertest.New(t, servertest.Options{})
 	put(t, b, secretSession(t, "s", secret))
-	name := newRole(t, b.Database)
-	b.Database.Exec(t, "REVOKE ALL ON ALL TABLES IN SCHEMA pgbroker FROM "+name)
-	b.Database.Exec(t, "REVOKE ALL ON ALL SEQUENCES IN SCHEMA pgbroker FROM "+name)
-	b.Database.Exec(t, "REVOKE ALL ON ALL FUNCTIONS IN SCHEMA pgbroker FROM "+name)
-	b.Database.Exec(t, `GRANT SELECT ON pgbroker.sessions, pgbroker.users, pgbroker.service_accounts, pgbroker.directory_users,
-		pgbroker.directory_groups TO `+name)
-	reader := role(t, b, name)
+	reader := role(t, b, dbtest.ReaderRole)
 	var text string
 	if err := reader.QueryRow(t.Context(), "SELECT to_jsonb(s)::text FROM pgbroker.sessions s").Scan(&text); err != nil {
 		t.Fatal(err)
