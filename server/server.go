@@ -106,6 +106,7 @@ type Config struct {
 type Server struct {
 	config    Config
 	logger    *slog.Logger
+	outage    *outage
 	db        *db.DB
 	queries   *db.Queries // for what the replica does by itself
 	lanes     *lanes      // for what clients ask for
@@ -151,8 +152,11 @@ func New(config Config) (*Server, error) {
 		return nil, fmt.Errorf("server: a maximum message size of %d bytes is too small, at least %d are needed", config.MaxMessageSize, 2*recordOverhead)
 	}
 
+	var database *outage
+	database, config.Logger = newOutage(config.Logger)
 	s := &Server{
 		config:  config,
+		outage:  database,
 		logger:  config.Logger,
 		db:      config.DB,
 		queries: db.New(config.DB),
@@ -299,6 +303,7 @@ func (s *Server) Run(ctx context.Context, listener net.Listener) error {
 	for task, run := range map[string]func(context.Context){
 		"registered services": s.services.run, "message types": s.projector.follow, "periodic work": s.maintenance.run,
 		"watch for blockers": s.blockers.run, "watch of notifications": s.notifications.run, "watch for problems": s.problems.run, "health": s.reportHealth, "keys": s.endStreamsOfOldKeys,
+		"watch for outages": s.outage.watch(s.feed.Err),
 	} {
 		group.Go(func() error { s.supervisor.Run(background, task, run); return nil })
 	}
