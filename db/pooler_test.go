@@ -347,3 +347,31 @@ func TestPoolerNotTold(t *testing.T) {
 		t.Errorf("a pooler that is not there: %s", log)
 	}
 }
+
+// BenchmarkPooler is what a statement costs on a connection of one's own, with what it takes along behind a pooler, and behind one.
+func BenchmarkPooler(b *testing.B) {
+	p := dbtest.New(b)
+	bouncer := dbtest.StartPgBouncer(b, p.ConnString, map[string]string{"pool_mode": "transaction"})
+	for _, bm := range []struct {
+		name string
+		cfg  db.Config
+	}{
+		{"direct", db.Config{ConnString: p.ConnString}},
+		{"direct, as behind a pooler", db.Config{ConnString: p.ConnString, Pooler: true}},
+		{"PgBouncer", db.Config{ConnString: bouncer.ConnString(), Pooler: true}},
+	} {
+		b.Run(bm.name, func(b *testing.B) {
+			d, err := db.Open(b.Context(), bm.cfg)
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer d.Close()
+			queries := db.New(d)
+			for b.Loop() {
+				if _, err := queries.StateGet(b.Context()); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
