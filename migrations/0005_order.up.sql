@@ -35,7 +35,8 @@ COMMENT ON FUNCTION pgbroker.begin_epoch() IS
   'issued any. Call under the order lock.';
 
 CREATE FUNCTION pgbroker.check_epoch() RETURNS void
-  LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+  -- As the owner: nobody else may move the versions, or say where they were issued.
+  LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
   IF NOT EXISTS (
     SELECT FROM pgbroker.state s
@@ -50,6 +51,7 @@ END
 $$;
 COMMENT ON FUNCTION pgbroker.check_epoch() IS
   'Begins an epoch if the server or its timeline is not the one that issued the latest versions. Call under the order lock.';
+REVOKE EXECUTE ON FUNCTION pgbroker.check_epoch() FROM PUBLIC;
 
 -- With names in full instead of a search path, as the functions that tell the timeline, and for the same reason.
 CREATE FUNCTION pgbroker.lock_order() RETURNS void

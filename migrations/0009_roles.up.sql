@@ -20,7 +20,7 @@ DECLARE
   -- Functions that run as the owner, by what they are for.
   for_revoking text[] := '{revoke_session,revoke_user_sessions,revoke_idp_sessions}';
   for_replicas text[] := '{write_records,put_search_texts,expire_records,expire_by_ttl,end_idle_records,end_excess_records,end_records_of_missing_users,'
-    'clear_records,purge_audit,purge_tombstones}';
+    'clear_records,purge_audit,purge_tombstones,check_epoch}';
 BEGIN
   IF missing <> '{}' AND NOT (SELECT rolsuper OR rolcreaterole FROM pg_roles WHERE rolname = current_user) THEN
     RAISE EXCEPTION 'there is no role %, and % may not create roles',
@@ -143,10 +143,9 @@ BEGIN
     FOR relation IN
       SELECT CASE
                WHEN c.relkind = 'v'                                  THEN 'SELECT'
-               WHEN c.relname = 'epochs'                             THEN 'SELECT, INSERT'
-               WHEN c.relname IN ('state', 'checkpoint')             THEN 'SELECT, UPDATE'
-               -- What goes into the log and the audit, and out of them, goes by triggers and functions.
-               WHEN c.relname IN ('changes', 'audit', 'record_types', 'search_texts', 'schema_migrations') THEN 'SELECT'
+               WHEN c.relname = 'checkpoint'                         THEN 'SELECT, UPDATE'
+               -- What goes into the log, the epochs and the audit, and out of them, goes by triggers and functions.
+               WHEN c.relname IN ('state', 'changes', 'epochs', 'audit', 'record_types', 'search_texts', 'schema_migrations') THEN 'SELECT'
                ELSE 'SELECT, INSERT, UPDATE, DELETE'
              END AS privileges,
              string_agg('pgbroker.' || quote_ident(c.relname), ', ' ORDER BY c.relname) AS names
@@ -163,7 +162,10 @@ BEGIN
       FROM pg_attribute a
       WHERE a.attrelid = 'pgbroker.record_types'::regclass AND a.attnum > 0 AND NOT a.attisdropped
         AND a.attname NOT IN ('audited', 'builtin', 'record_count'));
-    RETURN NEXT format('GRANT SELECT, UPDATE ON SEQUENCE pgbroker.record_version TO %I;', server);
+    -- To have clients start over, and hear of options; not where the data set was, and is.
+    RETURN NEXT format('GRANT UPDATE (server_version, options_version) ON pgbroker.state TO %I;', server);
+    -- The next version, and not which one that is.
+    RETURN NEXT format('GRANT SELECT, USAGE ON SEQUENCE pgbroker.record_version TO %I;', server);
   END IF;
   RETURN NEXT 'COMMIT;';
 END

@@ -178,7 +178,7 @@ not part of the databroker interface, so this needs the database.
 	cmd.Flags().Int32Var(&options.limit, "user-limit", 0, "how many records a user may have, those issued last; 0 for any number")
 	cmd.Flags().BoolVar(&options.missing, "end-sessions-of-missing-users", false,
 		"records end when their user is deleted or goes from the directory")
-	cmd.Flags().BoolVar(&options.audit, "audit", false, "write deletions to the audit")
+	cmd.Flags().BoolVar(&options.audit, "audit", false, "write to the audit when records end or change hands; for the owner of the schema")
 	cmd.Flags().BoolVar(&yes, "yes", false, "do not ask")
 	a.addOutputFlag(cmd)
 	addSettingFlags(cmd.Flags(), usePsql)

@@ -354,6 +354,9 @@ func TestAuditCausesAreTheOwnersToGive(t *testing.T) {
 			`DELETE FROM pgbroker.record_types`, `DELETE FROM pgbroker.changes`, `SELECT setval('pgbroker.audit_number_seq', 1)`,
 			`CREATE TRIGGER t AFTER DELETE ON pgbroker.records FOR EACH ROW EXECUTE FUNCTION pgbroker.audit_update()`)
 	}
+	// Nor can it move the versions.
+	server.expect(t, denied, `SELECT setval('pgbroker.record_version', 1)`, `SELECT pgbroker.begin_epoch()`, `UPDATE pgbroker.state SET base_version = 1`,
+		`UPDATE pgbroker.state SET timeline = 1`, `INSERT INTO pgbroker.epochs (first_version, last_version, system_identifier, timeline) VALUES (1, 1, 1, 1)`)
 	server.expect(t, pgerrcode.InvalidParameterValue, `SELECT pgbroker.purge_audit(1000, '23 hours')`, `SELECT pgbroker.purge_audit(1000, '-1 day')`,
 		`SELECT pgbroker.purge_audit(1000, NULL)`)
 	server.expect(t, "", `SELECT pgbroker.purge_audit(1000, '1 day')`)
