@@ -616,7 +616,7 @@ COMMENT ON COLUMN pgbroker.revocations.at IS 'When.';
 COMMENT ON COLUMN pgbroker.revocations.change IS
   'ended: the record is gone; moved: it belongs to another user; shortened: it expires sooner, or has; emptied: it has lost its payload.';
 COMMENT ON COLUMN pgbroker.revocations.cause IS
-  'request: of a gRPC client; sql: a statement; expiry, idle, ttl, limit, capacity: an option of the type; clear: everything was deleted; repair: pgbroker check found that it was gone.';
+  'request: of a gRPC client; sql: a statement; expiry, idle, ttl, limit, capacity, user: an option of the type; clear: everything was deleted; repair: pgbroker check found that it was gone.';
 COMMENT ON COLUMN pgbroker.revocations.what IS 'Type of the record, short.';
 COMMENT ON COLUMN pgbroker.revocations.id IS 'Id of the record; NULL after clear.';
 COMMENT ON COLUMN pgbroker.revocations.user_id IS 'User whom it belonged to.';
