@@ -2,18 +2,22 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
 	"io"
+	"os"
 	"os/user"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/structpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -21,6 +25,7 @@ import (
 	"pgbroker/db/dbtest"
 	"pgbroker/proto/databroker"
 	"pgbroker/proto/session"
+	userproto "pgbroker/proto/user"
 	"pgbroker/server"
 	"pgbroker/server/servertest"
 )
@@ -564,5 +569,75 @@ func TestSessionsRevokeSaysWho(t *testing.T) {
 	want := []string{"jane-new request shared-secret Jürgen (on call)", "jane-old request shared-secret " + me.Username, "joe request shared-secret helen"}
 	if !slices.Equal(got, want) {
 		t.Errorf("the audit has\n%q, want\n%q", got, want)
+	}
+}
+
+// sessionsEnv says for how many sessions TestFindingSessionsAtScale measures, 100000 for instance.
+const sessionsEnv = "TEST_SESSIONS"
+
+// TestFindingSessionsAtScale shows how long it takes to find the few sessions of an address or a user among many.
+func TestFindingSessionsAtScale(t *testing.T) {
+	count, err := strconv.Atoi(cmp.Or(os.Getenv(sessionsEnv), "0"))
+	if err != nil || count == 0 {
+		t.Skip("set " + sessionsEnv + " to a number of sessions")
+	}
+	b := servertest.New(t, servertest.Options{})
+	env := environment(b.Replica)
+	users := count/3 + 1
+	put := func(n int, record func(i int) *databroker.Record) {
+		t.Helper()
+		request := new(databroker.PutRequest)
+		for i := range n {
+			request.Records = append(request.Records, record(i))
+			if len(request.Records) == 500 || i == n-1 {
+				if _, err := b.Put(t.Context(), request); err != nil {
+					t.Fatal(err)
+				}
+				request = new(databroker.PutRequest)
+			}
+		}
+	}
+	packedRecord := func(id string, message proto.Message) *databroker.Record {
+		data, err := anypb.New(message)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return &databroker.Record{Type: data.GetTypeUrl(), Id: id, Data: data}
+	}
+	texts := func(values ...string) *structpb.ListValue {
+		list := new(structpb.ListValue)
+		for _, value := range values {
+			list.Values = append(list.Values, structpb.NewStringValue(value))
+		}
+		return list
+	}
+	now := timestamppb.Now()
+	put(count, func(i int) *databroker.Record {
+		owner := fmt.Sprintf("user-%d", i%users)
+		return packedRecord(fmt.Sprintf("s%d", i), &session.Session{
+			UserId: owner, IdpId: "okta", IssuedAt: now, AccessedAt: now, ExpiresAt: timestamppb.New(now.AsTime().Add(time.Hour)),
+			OauthToken: &session.OAuthToken{AccessToken: strings.Repeat("x", 800)},
+			Claims: map[string]*structpb.ListValue{
+				"email": texts(owner + "@example.com"), "name": texts("User " + owner), "sub": texts(owner), "groups": texts("g1", "g2", "g3"),
+			},
+		})
+	})
+	put(users, func(i int) *databroker.Record {
+		id := fmt.Sprintf("user-%d", i)
+		return packedRecord(id, &userproto.User{Id: id, Name: "User", Email: id + "@example.com"})
+	})
+	b.Database.Exec(t, "ANALYZE pgbroker.records, pgbroker.search_texts")
+	for _, filter := range [][]string{
+		{"--email", "USER-77@example.com"}, {"--user", "user-77"}, {"--claim", "sub=user-77"}, {"--email", "us\u00e9r-77@example.com"},
+	} {
+		best := time.Hour
+		var found int
+		for range 3 {
+			began := time.Now()
+			out := mustTry(t, env, append([]string{"sessions", "list", "--timeout", "60s"}, filter...)...)
+			best = min(best, time.Since(began))
+			found = len(idsOf(out))
+		}
+		t.Logf("%d sessions, %q: %d found in %v", count, filter, found, best.Round(time.Millisecond))
 	}
 }
