@@ -275,6 +275,16 @@ func (s *Server) authenticator() (*auth.Authenticator, error) {
 	return authenticator, nil
 }
 
+// ReplaceKeys makes the secrets and keys of a configuration those that are accepted, ends the streams of those that are not any
+// more, and says so. If any of them cannot be used, it returns an error and changes nothing.
+func (s *Server) ReplaceKeys(config auth.Config) error {
+	if err := s.auth.Replace(config); err != nil {
+		return err
+	}
+	s.logger.Info("requests are authenticated", "keys", s.auth.Fingerprints(), "streams_ended", s.auth.EndStreams())
+	return nil
+}
+
 // endStreamsOfOldKeys keeps whoever had a key from going on with a stream after it was withdrawn, until ctx ends.
 func (s *Server) endStreamsOfOldKeys(ctx context.Context) {
 	tick := time.NewTicker(reload.Interval)

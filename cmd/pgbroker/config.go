@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
@@ -26,6 +27,7 @@ import (
 
 	"pgbroker/cmd/pgbroker/duration"
 	"pgbroker/db/embedded"
+	"pgbroker/server/tlsconf"
 )
 
 // envPrefix starts the names of pgbroker's own environment variables.
@@ -83,7 +85,9 @@ type configuration struct {
 	Config
 	values   map[string]rawValue // by setting name; every setting has one
 	warnings []string
-	notes    []string // warnings that serve logs without being asked
+	notes    []string        // warnings that serve logs without being asked
+	level    slog.LevelVar   // of the log of serve
+	tls      *tlsconf.Server // of serve; nil without TLS
 }
 
 // origin says where a setting's value came from.

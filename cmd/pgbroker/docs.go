@@ -75,6 +75,10 @@ Rules that hold everywhere:
 - Where Postgres is found on the machine for the embedded mode is told by ¬PGBROKER_POSTGRES_BIN¬, if not by ¬PATH¬ and the
   usual places.
 
+¬serve¬ reads everything again on SIGHUP. New values of ¬shared_secret¬, ¬shared_secret_file¬, ¬keys¬ and ¬log_level¬ take effect, and so does what
+is in the files of secrets and certificates; its log names them, and the settings that changed and need a restart. If anything is wrong, all stays
+as it was. (Files of secrets, certificates and connection strings are followed without that, too.)
+
 A file:
 
 ¬¬¬yaml

@@ -8,7 +8,7 @@ import (
 
 // newLogger returns the log of serve.
 func newLogger(cfg *configuration, w io.Writer) (*slog.Logger, error) {
-	var level slog.Level
+	level := &cfg.level
 	if err := level.UnmarshalText([]byte(cfg.LogLevel)); err != nil { // the table allows good ones only
 		return nil, fmt.Errorf("%s: %w", cfg.describe("log_level"), err)
 	}

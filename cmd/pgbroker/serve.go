@@ -30,7 +30,8 @@ import (
 func (a *app) serveCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "serve", Short: "Run the server", Args: cobra.NoArgs,
-		Long: `Run the server until SIGINT or SIGTERM, which let requests end first; a second signal ends it at once.
+		Long: `Run the server until SIGINT or SIGTERM, which let requests end first; a second signal ends it at once. SIGHUP reads
+secrets, certificates and the configuration again; the log says what changed, and what of it needs a restart.
 
 With a connection string (--database-url or --database-url-file) it uses that database, whose schema 'pgbroker migrate up' or
 --migrate builds. Without one it starts a private Postgres of its own from the binaries on this machine, keeps it and a new
@@ -39,7 +40,10 @@ shared secret in --data-dir, and stops it again at the end.`,
   pgbroker serve --ephemeral
   pgbroker serve --migrate --database-url-file /run/secrets/db \
     --shared-secret-file /run/secrets/shared`,
-		RunE: a.action(func(cmd *cobra.Command, cfg *configuration) error { return a.serve(cmd.Context(), cfg) }),
+		RunE: a.action(func(cmd *cobra.Command, cfg *configuration) error {
+			load := func() (*configuration, error) { return loadConfig(cmd.Flags(), a.environ) }
+			return a.serve(cmd.Context(), cfg, load)
+		}),
 	}
 	addSettingFlags(cmd.Flags(), useServe)
 	return cmd
@@ -50,7 +54,9 @@ shared secret in --data-dir, and stops it again at the end.`,
 const ballastBytes = 64 << 20
 
 // serve starts everything in the order in which it depends on each other, and stops it in the reverse order.
-func (a *app) serve(ctx context.Context, cfg *configuration) (err error) {
+func (a *app) serve(ctx context.Context, cfg *configuration, load func() (*configuration, error)) (err error) {
+	hangup, release := catchHangup()
+	defer release()
 	ballast := make([]byte, ballastBytes)
 	defer runtime.KeepAlive(ballast)
 	if err := cfg.validate(); err != nil {
@@ -130,6 +136,8 @@ func (a *app) serve(ctx context.Context, cfg *configuration) (err error) {
 		group.Go(func() error { return awaitSchema(running, cfg, database, log) })
 	}
 	replica.Store(s)
+	hangups := &reloader{load: load, cfg: cfg, server: s, log: log}
+	group.Go(func() error { hangups.follow(running, hangup); return nil })
 	group.Go(func() error { return s.Run(running, listener) })
 	if postgres != nil {
 		go a.welcome(running, cfg, s, postgres, listener.Addr().String())
@@ -179,6 +187,7 @@ func newServer(cfg *configuration, database *db.DB, metrics prometheus.Registere
 		Registerer: metrics,
 		Logger:     log,
 	}
+	cfg.tls = tls
 	if tls != nil {
 		config.TLS = tls.TLSConfig()
 		if err := metrics.Register(certificateExpiry(tls.NotAfter)); err != nil {

@@ -30,6 +30,7 @@ type ServerConfig struct {
 type Server struct {
 	config *tls.Config
 	pair   *reload.Value[pair]
+	ca     *reload.Value[roots] // nil without
 }
 
 // NewServer reads all that a configuration names. The error says what cannot be used and why, and shows nothing of a private
@@ -54,8 +55,9 @@ func NewServer(c ServerConfig) (*Server, error) {
 		// is gained by resuming, and a client whose certificate authority was removed should not get in that way.
 		SessionTicketsDisabled: true,
 	}
+	var clientCA *reload.Value[roots]
 	if !c.ClientCA.IsZero() {
-		clientCA, err := loadRoots("TLS client certificate authority", c.ClientCA, log)
+		clientCA, err = loadRoots("TLS client certificate authority", c.ClientCA, log)
 		if err != nil {
 			return nil, err
 		}
@@ -66,12 +68,20 @@ func NewServer(c ServerConfig) (*Server, error) {
 			return current, nil
 		}
 	}
-	return &Server{config: config, pair: certs}, nil
+	return &Server{config: config, pair: certs, ca: clientCA}, nil
 }
 
 // TLSConfig returns a configuration for [google.golang.org/grpc/credentials.NewTLS] or [tls.NewListener]. It demands TLS 1.2
 // or newer and offers h2 only.
 func (s *Server) TLSConfig() *tls.Config { return s.config.Clone() }
+
+// Reload reads the files now, without waiting for the next connection. What cannot be used is logged and changes nothing.
+func (s *Server) Reload() {
+	s.pair.Check()
+	if s.ca != nil {
+		s.ca.Check()
+	}
+}
 
 // NotAfter returns the moment at which the certificate in use expires, for a metric.
 func (s *Server) NotAfter() time.Time { return s.pair.Get().cert.Leaf.NotAfter }
