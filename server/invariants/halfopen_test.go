@@ -118,6 +118,10 @@ func TestHalfOpenConnectionsAreNoticed(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			w.put(r, newValue("first", "x"))
+			if response, err := stream.Recv(); err != nil || response.GetRecord().GetId() != "first" { // then it is open
+				t.Fatalf("got %v (%v), want the first record", response, err)
+			}
 			delivered := make(chan string, 10)
 			go func() {
 				for {
