@@ -429,7 +429,7 @@ func (l *directoryLoad) object(entries []*directoryEntry, line int, text []byte)
 // Names of fields
 // ---------------------------------------------------------------------------------------------
 
-// A directoryField is a field that policies know, with the names under which it comes in exports of Microsoft Entra, Microsoft
+// directoryFieldNames is a field that policies know, with the names under which it comes in exports of Microsoft Entra, Microsoft
 // Graph, Okta, Google Workspace, LDAP servers and Active Directory: the better ones in front, spelled by plainName.
 type directoryFieldNames struct {
 	name  string
