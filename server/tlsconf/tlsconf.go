@@ -2,6 +2,7 @@ package tlsconf
 
 import (
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -19,7 +20,8 @@ type ServerConfig struct {
 	Certificate, Key PEM
 
 	// ClientCA, if given, makes clients present a certificate that was signed by one of these (mutual TLS). Clients that are
-	// Pomerium's do not have one (wire contract 4.4), unless something in between adds it.
+	// Pomerium's do not have one (wire contract 4.4), unless something in between adds it. A file of it that is deleted, or has
+	// nothing in it any more, lets nobody in; one that is spoiled is logged, and what it held before counts.
 	ClientCA PEM
 
 	// Log is told of changed files and of certificates outside their time of validity. Nil means [slog.Default].
@@ -61,6 +63,7 @@ func NewServer(c ServerConfig) (*Server, error) {
 		if err != nil {
 			return nil, err
 		}
+		clientCA.WithdrawWhenGone(roots{pool: x509.NewCertPool()}) // which nobody's certificate is from
 		config.ClientAuth = tls.RequireAndVerifyClientCert
 		config.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) {
 			current := config.Clone()

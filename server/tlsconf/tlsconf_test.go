@@ -334,7 +334,7 @@ func TestClientCertificates(t *testing.T) {
 		}
 
 		// An authority file that is spoiled lets in neither everybody nor nobody.
-		for _, spoiled := range [][]byte{nil, []byte("rubbish"), append(bytes.Clone(newClients.pem), encode("CERTIFICATE", []byte("rubbish"))...)} {
+		for _, spoiled := range [][]byte{[]byte("rubbish"), append(bytes.Clone(newClients.pem), encode("CERTIFICATE", []byte("rubbish"))...)} {
 			f.write("clients.pem", spoiled)
 			time.Sleep(time.Second)
 			if err := connect(newClients, time.Hour); err != nil {
@@ -346,6 +346,27 @@ func TestClientCertificates(t *testing.T) {
 				t.Errorf("logged %s", got)
 			}
 		}
+
+		// One that is taken away lets in nobody, until it is back.
+		f.write("clients.pem", newClients.pem)
+		time.Sleep(time.Second)
+		if err := connect(newClients, time.Hour); err != nil {
+			t.Error(err)
+		}
+		log.take()
+		f.write("clients.pem", nil)
+		time.Sleep(time.Second)
+		wantError(t, connect(newClients, time.Hour), "unknown authority")
+		wantError(t, connect(nil, 0), "client didn't provide a certificate")
+		if got := log.take(); strings.Count(got, "\n") != 1 || !strings.Contains(got, "no longer in force") {
+			t.Errorf("logged %s", got)
+		}
+		f.write("clients.pem", newClients.pem)
+		time.Sleep(time.Second)
+		if err := connect(newClients, time.Hour); err != nil {
+			t.Error(err)
+		}
+		log.take()
 	})
 }
 
