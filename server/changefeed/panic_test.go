@@ -76,7 +76,7 @@ func (f *faulty) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, 
 	if strings.Contains(sql, "ChangesAfter") && f.panics.Add(-1) >= 0 {
 		panic("faulty")
 	}
-	return f.DBTX.Query(ctx, sql, args...)
+	return f.DBTX.Query(ctx, sql, args...) //nolint:rowserrcheck // whoever reads them checks
 }
 
 // TestAPanicBeginsAnew: when the tailer panics, it begins anew. Nothing that it knew is used again, no stream is lost, and each

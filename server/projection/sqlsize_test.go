@@ -76,13 +76,13 @@ func processorTime(t *testing.T, pid uint32) time.Duration {
 		t.Skipf("needs a Postgres on the same machine, and Linux: %v", err)
 	}
 	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
-	var ticks time.Duration // of 10 ms
+	ticks := 0 // of 10 ms
 	for _, field := range fields[11:13] {
 		n, err := strconv.Atoi(field)
 		if err != nil {
 			t.Fatal(err)
 		}
-		ticks += time.Duration(n)
+		ticks += n
 	}
-	return ticks * 10 * time.Millisecond
+	return time.Duration(ticks) * (10 * time.Millisecond)
 }
