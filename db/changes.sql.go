@@ -11,7 +11,7 @@ import (
 )
 
 const changesAfter = `-- name: ChangesAfter :many
-SELECT v.server_version, v.options_version, v.latest_version::bigint AS latest_version,
+SELECT pg_is_in_recovery()::boolean AS standby, v.server_version, v.options_version, v.latest_version::bigint AS latest_version,
        coalesce(g.purged_version, 0)::bigint AS purged_version,
        coalesce((SELECT max($1 - e.last_version) FROM pgbroker.epochs e
                  WHERE e.last_version < $1 AND $1 < e.first_version), 0)::bigint AS lost,
@@ -52,6 +52,7 @@ type ChangesAfterParams struct {
 }
 
 type ChangesAfterRow struct {
+	Standby        bool
 	ServerVersion  int64
 	OptionsVersion int64
 	LatestVersion  int64
@@ -70,9 +71,10 @@ type ChangesAfterRow struct {
 // latest_version is the end of the log in the same snapshot; purged_version the highest tombstone that is
 // missing from it: a reader below that may have missed a deletion. lost is how many versions, up to the one
 // read from, a failover or restore has undone; 0 if that one is there. Without all_payloads only
-// changes of payload_types come with theirs.
+// changes of payload_types come with theirs. standby says that the server may be behind others, so that
+// nothing follows from a log that ends early.
 //
-//	SELECT v.server_version, v.options_version, v.latest_version::bigint AS latest_version,
+//	SELECT pg_is_in_recovery()::boolean AS standby, v.server_version, v.options_version, v.latest_version::bigint AS latest_version,
 //	       coalesce(g.purged_version, 0)::bigint AS purged_version,
 //	       coalesce((SELECT max($1 - e.last_version) FROM pgbroker.epochs e
 //	                 WHERE e.last_version < $1 AND $1 < e.first_version), 0)::bigint AS lost,
@@ -118,6 +120,7 @@ func (q *Queries) ChangesAfter(ctx context.Context, arg ChangesAfterParams) ([]C
 	for rows.Next() {
 		var i ChangesAfterRow
 		if err := rows.Scan(
+			&i.Standby,
 			&i.ServerVersion,
 			&i.OptionsVersion,
 			&i.LatestVersion,

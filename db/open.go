@@ -140,6 +140,7 @@ type DB struct {
 	proving atomic.Bool // a doubt is being looked into
 	proofs  sync.WaitGroup
 
+	readOnly   atomic.Bool  // a new connection leads to a server that takes no writes, when last tried by Condition
 	generation atomic.Int64 // counts resets; a connection knows its own
 	mu         sync.Mutex   // protects lastReset
 	lastReset  time.Time
@@ -446,6 +447,9 @@ func (t *connTracer) see(ctx context.Context, err error) {
 	// afterwards (a rollback) finds it closed. That says nothing about others.
 	if err == nil || ctx.Err() != nil || errors.Is(err, pgconn.ErrConnClosed) || errors.Is(err, net.ErrClosed) {
 		return
+	}
+	if IsReadOnly(err) && t.db.readOnly.Load() {
+		return // a new connection leads nowhere better
 	}
 	if isStale(err) {
 		t.db.stale(t.generation, err)

@@ -94,6 +94,57 @@ func (q *Queries) OrderLock(ctx context.Context) error {
 	return err
 }
 
+const probeRoom = `-- name: ProbeRoom :exec
+INSERT INTO pgbroker.leases (name, id, expires_at)
+SELECT gen_random_uuid()::text, string_agg(gen_random_uuid()::text, ''), clock_timestamp() FROM generate_series(1, 2000)
+`
+
+// Writes some 70 kB, for a transaction that is rolled back: it fails as long as there is no room on the disk.
+//
+//	INSERT INTO pgbroker.leases (name, id, expires_at)
+//	SELECT gen_random_uuid()::text, string_agg(gen_random_uuid()::text, ''), clock_timestamp() FROM generate_series(1, 2000)
+func (q *Queries) ProbeRoom(ctx context.Context) error {
+	_, err := q.db.Exec(ctx, probeRoom)
+	return err
+}
+
+const serverCondition = `-- name: ServerCondition :one
+SELECT pg_is_in_recovery()::boolean AS standby,
+       current_setting('transaction_read_only')::boolean AS read_only,
+       coalesce(extract(epoch FROM pgbroker.standby_lag()), 0)::double precision AS lag_seconds,
+       coalesce((SELECT string_agg('pgbroker.' || quote_ident(c.relname), ', ' ORDER BY c.relname) FROM pg_catalog.pg_class c
+                 WHERE c.relnamespace = to_regnamespace('pgbroker') AND c.relkind IN ('r', 'p')
+                   AND row_security_active(c.oid)), '')::text AS hidden
+`
+
+type ServerConditionRow struct {
+	Standby    bool
+	ReadOnly   bool
+	LagSeconds float64
+	Hidden     string
+}
+
+// What the server can do at present: whether it takes writes, as this session sees it; how far it is behind as a standby;
+// which tables a policy of row level security hides something of from this role.
+//
+//	SELECT pg_is_in_recovery()::boolean AS standby,
+//	       current_setting('transaction_read_only')::boolean AS read_only,
+//	       coalesce(extract(epoch FROM pgbroker.standby_lag()), 0)::double precision AS lag_seconds,
+//	       coalesce((SELECT string_agg('pgbroker.' || quote_ident(c.relname), ', ' ORDER BY c.relname) FROM pg_catalog.pg_class c
+//	                 WHERE c.relnamespace = to_regnamespace('pgbroker') AND c.relkind IN ('r', 'p')
+//	                   AND row_security_active(c.oid)), '')::text AS hidden
+func (q *Queries) ServerCondition(ctx context.Context) (ServerConditionRow, error) {
+	row := q.db.QueryRow(ctx, serverCondition)
+	var i ServerConditionRow
+	err := row.Scan(
+		&i.Standby,
+		&i.ReadOnly,
+		&i.LagSeconds,
+		&i.Hidden,
+	)
+	return i, err
+}
+
 const stateGet = `-- name: StateGet :one
 SELECT server_version, options_version, latest_version::bigint AS latest_version, earliest_version::bigint AS earliest_version
 FROM pgbroker.versions

@@ -1,3 +1,4 @@
+DROP FUNCTION pgbroker.standby_lag;
 DROP FUNCTION pgbroker.current_system_identifier;
 DROP FUNCTION pgbroker.current_timeline;
 DROP FUNCTION pgbroker.server_system_identifier;

@@ -132,6 +132,18 @@ $$;
 COMMENT ON FUNCTION pgbroker.current_system_identifier() IS
   'Identity of this database cluster, or where it is not visible the one in pgbroker.state.';
 
+CREATE FUNCTION pgbroker.standby_lag() RETURNS interval
+  LANGUAGE sql VOLATILE
+  RETURN CASE
+    WHEN NOT pg_is_in_recovery() THEN NULL
+    -- What was received is replayed, and more may come. A receiver that hears nothing takes that for no news.
+    WHEN pg_last_wal_receive_lsn() <= pg_last_wal_replay_lsn() AND EXISTS (SELECT FROM pg_stat_wal_receiver) THEN '0'
+    ELSE clock_timestamp() - coalesce(pg_last_xact_replay_timestamp(), pg_postmaster_start_time())
+  END;
+COMMENT ON FUNCTION pgbroker.standby_lag() IS
+  'How far this standby is behind its primary, as far as it knows: 0 if it has replayed all that it has received and is '
+  'connected, else the time since the latest transaction that it has replayed. NULL on a primary.';
+
 INSERT INTO pgbroker.state (server_version, system_identifier, timeline)
   VALUES (pgbroker.random_server_version(),
           -- 0 where a managed service hides it.

@@ -4,8 +4,9 @@
 -- latest_version is the end of the log in the same snapshot; purged_version the highest tombstone that is
 -- missing from it: a reader below that may have missed a deletion. lost is how many versions, up to the one
 -- read from, a failover or restore has undone; 0 if that one is there. Without all_payloads only
--- changes of payload_types come with theirs.
-SELECT v.server_version, v.options_version, v.latest_version::bigint AS latest_version,
+-- changes of payload_types come with theirs. standby says that the server may be behind others, so that
+-- nothing follows from a log that ends early.
+SELECT pg_is_in_recovery()::boolean AS standby, v.server_version, v.options_version, v.latest_version::bigint AS latest_version,
        coalesce(g.purged_version, 0)::bigint AS purged_version,
        coalesce((SELECT max(sqlc.arg(after) - e.last_version) FROM pgbroker.epochs e
                  WHERE e.last_version < @after AND @after < e.first_version), 0)::bigint AS lost,

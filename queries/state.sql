@@ -45,3 +45,18 @@ SELECT coalesce(pgbroker.server_system_identifier(), 0)::bigint AS system_identi
        coalesce((SELECT e.system_identifier FROM pgbroker.epochs e ORDER BY e.first_version DESC LIMIT 1), 0)::bigint AS epoch_system,
        coalesce((SELECT e.timeline FROM pgbroker.epochs e ORDER BY e.first_version DESC LIMIT 1), 0)::bigint AS epoch_timeline
 FROM pgbroker.state s;
+
+-- name: ServerCondition :one
+-- What the server can do at present: whether it takes writes, as this session sees it; how far it is behind as a standby;
+-- which tables a policy of row level security hides something of from this role.
+SELECT pg_is_in_recovery()::boolean AS standby,
+       current_setting('transaction_read_only')::boolean AS read_only,
+       coalesce(extract(epoch FROM pgbroker.standby_lag()), 0)::double precision AS lag_seconds,
+       coalesce((SELECT string_agg('pgbroker.' || quote_ident(c.relname), ', ' ORDER BY c.relname) FROM pg_catalog.pg_class c
+                 WHERE c.relnamespace = to_regnamespace('pgbroker') AND c.relkind IN ('r', 'p')
+                   AND row_security_active(c.oid)), '')::text AS hidden;
+
+-- name: ProbeRoom :exec
+-- Writes some 70 kB, for a transaction that is rolled back: it fails as long as there is no room on the disk.
+INSERT INTO pgbroker.leases (name, id, expires_at)
+SELECT gen_random_uuid()::text, string_agg(gen_random_uuid()::text, ''), clock_timestamp() FROM generate_series(1, 2000);

@@ -51,6 +51,12 @@ type blockerID struct {
 
 func (b *blocker) id() blockerID { return blockerID{b.Pid, b.Gid, b.TransactionStartedAt} }
 
+// blocked reports whether a session has blocked writes for a while.
+func (w *blockerWatch) blocked() bool {
+	reported := w.reported.Load()
+	return reported != nil && len(*reported) > 0
+}
+
 // run watches until ctx ends.
 func (w *blockerWatch) run(ctx context.Context) {
 	tick := time.NewTicker(max(w.after/2, 10*time.Millisecond))

@@ -59,6 +59,7 @@ func toStatus(ctx context.Context, logger *slog.Logger, method string, err error
 	var pgErr *pgconn.PgError
 	var past *db.PastError
 	var unfit *db.UnfitError
+	var noWrites *noWritesError
 	switch {
 	case errors.As(err, &invalid), errors.Is(err, filter.ErrInvalid), errors.Is(err, projection.ErrInvalidPatch):
 		return status.Error(codes.InvalidArgument, bounded(err.Error()))
@@ -87,6 +88,9 @@ func toStatus(ctx context.Context, logger *slog.Logger, method string, err error
 	case errors.Is(err, errSilent):
 		logger.WarnContext(ctx, "database unavailable", "method", method, "error", err)
 		return status.Error(codes.Unavailable, errSilent.Error())
+	case errors.As(err, &noWrites): // writingWatch logs it, once
+		logger.DebugContext(ctx, "the database takes no writes", "method", method, "error", noWrites.err)
+		return status.Error(codes.Unavailable, noWrites.Error())
 	case errors.As(err, &past): // logged by package db, which knows when it has said so
 		return status.Error(codes.Unavailable, "the database server is one that was left for a newer one")
 	case errors.As(err, &pgErr) && pgErr.SchemaName == "pgbroker" && pgErr.Code == pgerrcode.ProgramLimitExceeded: // see refuse_size

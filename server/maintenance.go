@@ -93,7 +93,8 @@ func (m *maintenance) run(ctx context.Context) {
 	defer tick.Stop()
 	defer m.release(context.WithoutCancel(ctx))
 	for {
-		if err := m.round(ctx); err != nil && ctx.Err() == nil {
+		// Where nothing can be written there is nothing to be done; that this is so is logged elsewhere.
+		if err := m.round(ctx); err != nil && !db.IsReadOnly(err) && ctx.Err() == nil {
 			m.logger.WarnContext(ctx, "periodic work failed; it is tried again", "error", err, "retry_in", m.interval)
 		}
 		select {

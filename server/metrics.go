@@ -41,7 +41,7 @@ func newMetrics() *metrics {
 		}, []string{"task"}),
 	}
 	for _, task := range []string{
-		"change feed", "listener", "registered services", "message types", "periodic work", "watch for blockers", "watch of notifications", "watch for problems", "health", "keys",
+		"change feed", "listener", "registered services", "message types", "periodic work", "watch for blockers", "watch of notifications", "watch for problems", "watch for writing", "health", "keys",
 		"encoding of a record", "page of SyncLatest", "metrics",
 	} {
 		m.panics.WithLabelValues(task) // a metric that is there before it is needed
@@ -124,6 +124,12 @@ func (s *Server) readings() readings {
 			func() float64 { return float64(s.writer.combiner.Waiting()) }),
 		counter("pgbroker_feed_versions_lost_total", "Record versions that a failover or restore has undone after this replica had read them.",
 			func() float64 { return float64(feed.Stats().VersionsLost) }),
+		gauge("pgbroker_database_writable", "Whether records can be written: 0 means that nothing can be revoked.",
+			func() float64 { return boolean(s.Writable() == nil) }),
+		gauge("pgbroker_database_standby", "Whether the database server in use is a standby.",
+			func() float64 { return boolean(s.writing.condition().Standby) }),
+		gauge("pgbroker_database_standby_lag_seconds", "How far the standby in use is behind its primary, as far as it knows; 0 on a primary.",
+			func() float64 { return s.writing.condition().Lag.Seconds() }),
 		gauge("pgbroker_database_timeline", "Timeline of the database server in use; 0 where it is hidden.",
 			func() float64 { return float64(database.Timeline()) }),
 		counter("pgbroker_database_refused_connections_total", "Connections given up because the server is behind one that was seen before.",

@@ -5,8 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/jackc/pgx/v5"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/emptypb"
@@ -233,10 +236,28 @@ func (s *brokerServer) ListTypes(ctx context.Context, _ *emptypb.Empty) (*databr
 	return response, err
 }
 
+// What ServerInfo says in headers, for which the contract has no fields.
+const (
+	// InfoWriting is "yes", or "no: " and why nothing can be written.
+	InfoWriting = "pgbroker-writing"
+	// InfoStandbyLag is how far the database is behind its primary, if it is a standby; such as "1.5s".
+	InfoStandbyLag = "pgbroker-standby-lag"
+)
+
 // ServerInfo returns the server version and the range of the change log.
 func (s *brokerServer) ServerInfo(ctx context.Context, _ *emptypb.Empty) (*databroker.ServerInfoResponse, error) {
 	state, err := s.state(ctx)
 	if err != nil {
+		return nil, err
+	}
+	header := metadata.Pairs(InfoWriting, "yes")
+	if problem := s.writing.err(); problem != nil {
+		header.Set(InfoWriting, "no: "+problem.Error())
+	}
+	if condition := s.writing.condition(); condition.Standby {
+		header.Set(InfoStandbyLag, condition.Lag.Round(time.Millisecond).String())
+	}
+	if err := grpc.SetHeader(ctx, header); err != nil {
 		return nil, err
 	}
 	return &databroker.ServerInfoResponse{

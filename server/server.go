@@ -123,6 +123,7 @@ type Server struct {
 	bounded   *db.Queries // for reads whose size a client decides
 	blockers  *blockerWatch
 	problems  *problemWatch
+	writing   *writingWatch
 	grpc      *grpc.Server
 	health    *health.Server
 
@@ -175,8 +176,12 @@ func New(config Config) (*Server, error) {
 	s.bounded = db.New(boundedReader{s.lanes.short, s.limiter})
 	s.problems = newProblemWatch(s.queries, s.logger)
 	s.blockers = &blockerWatch{queries: s.queries, logger: s.logger, after: config.LockWarning}
+	s.writing = newWritingWatch(s.db, cmp.Or(config.PollInterval, changefeed.DefaultPollInterval), s.blockers.blocked, s.logger)
+	s.writer.done = s.writing.note
 	// Until the database has been read.
-	s.health.SetServingStatus("", grpc_health_v1.HealthCheckResponse_NOT_SERVING)
+	for _, service := range []string{"", HealthReading, HealthWriting} {
+		s.health.SetServingStatus(service, grpc_health_v1.HealthCheckResponse_NOT_SERVING)
+	}
 	s.stopping, s.stop = context.WithCancel(context.Background())
 	s.services = newServiceFeed(s.queries, s.logger)
 	s.feed = changefeed.New(changefeed.Config{
@@ -312,7 +317,7 @@ func (s *Server) Run(ctx context.Context, listener net.Listener) error {
 	group.Go(func() error { return s.feed.Run(background) })
 	for task, run := range map[string]func(context.Context){
 		"registered services": s.services.run, "message types": s.projector.follow, "periodic work": s.maintenance.run,
-		"watch for blockers": s.blockers.run, "watch of notifications": s.notifications.run, "watch for problems": s.problems.run, "health": s.reportHealth, "keys": s.endStreamsOfOldKeys,
+		"watch for blockers": s.blockers.run, "watch of notifications": s.notifications.run, "watch for problems": s.problems.run, "watch for writing": s.writing.run, "health": s.reportHealth, "keys": s.endStreamsOfOldKeys,
 		"watch for outages": s.outage.watch(s.feed.Err),
 	} {
 		group.Go(func() error { s.supervisor.Run(background, task, run); return nil })
@@ -350,46 +355,73 @@ func (s *Server) shutDown(ctx context.Context) {
 	s.grpc.GracefulStop()
 }
 
-// Ready says why the server cannot do its work at the moment; nil if it can.
+// Ready says why the server cannot serve reads and streams at the moment; nil if it can.
 func (s *Server) Ready() error {
 	if s.stopping.Err() != nil {
 		return errStopping
 	}
-	return s.feed.Err()
+	if err := s.feed.Err(); err != nil {
+		return err
+	}
+	return s.writing.unfit()
 }
 
-// reportHealth keeps the gRPC health status to the state of the feed until ctx ends.
+// Writable says why nothing can be written, and so nothing revoked, by way of this server at the moment; nil if it can.
+func (s *Server) Writable() error {
+	if err := s.Ready(); err != nil {
+		return err
+	}
+	return s.writing.err()
+}
+
+// reportHealth keeps the gRPC health status to the state of the feed and of writing until ctx ends.
 func (s *Server) reportHealth(ctx context.Context) {
-	for {
-		changed := s.feed.Watch()
-		serving := grpc_health_v1.HealthCheckResponse_SERVING
-		if s.Ready() != nil {
-			serving = grpc_health_v1.HealthCheckResponse_NOT_SERVING
+	status := func(problem error) grpc_health_v1.HealthCheckResponse_ServingStatus {
+		if problem != nil {
+			return grpc_health_v1.HealthCheckResponse_NOT_SERVING
 		}
-		s.health.SetServingStatus("", serving)
+		return grpc_health_v1.HealthCheckResponse_SERVING
+	}
+	for {
+		fed, writing := s.feed.Watch(), s.writing.watch()
+		reading := status(s.Ready())
+		s.health.SetServingStatus("", reading)
+		s.health.SetServingStatus(HealthReading, reading)
+		s.health.SetServingStatus(HealthWriting, status(s.Writable()))
 		select {
-		case <-changed:
+		case <-fed:
+		case <-writing:
 		case <-ctx.Done():
 			return
 		}
 	}
 }
 
-// healthServer is the standard health service, which knows one status, whatever service is asked about.
+// healthServer is the standard health service. It tells reading from writing; about any other service it says what it says about
+// reading, which is what load balancers should go by: a replica that cannot write serves streams.
 type healthServer struct{ *health.Server }
 
-func (h *healthServer) Check(ctx context.Context, _ *grpc_health_v1.HealthCheckRequest) (*grpc_health_v1.HealthCheckResponse, error) {
-	return h.Server.Check(ctx, new(grpc_health_v1.HealthCheckRequest))
+func (h *healthServer) Check(ctx context.Context, request *grpc_health_v1.HealthCheckRequest) (*grpc_health_v1.HealthCheckResponse, error) {
+	return h.Server.Check(ctx, healthRequest(request))
 }
 
-func (h *healthServer) Watch(_ *grpc_health_v1.HealthCheckRequest, stream grpc_health_v1.Health_WatchServer) error {
-	return h.Server.Watch(new(grpc_health_v1.HealthCheckRequest), stream)
+func (h *healthServer) Watch(request *grpc_health_v1.HealthCheckRequest, stream grpc_health_v1.Health_WatchServer) error {
+	return h.Server.Watch(healthRequest(request), stream)
+}
+
+func healthRequest(request *grpc_health_v1.HealthCheckRequest) *grpc_health_v1.HealthCheckRequest {
+	switch service := request.GetService(); service {
+	case HealthReading, HealthWriting:
+		return &grpc_health_v1.HealthCheckRequest{Service: service}
+	}
+	return new(grpc_health_v1.HealthCheckRequest)
 }
 
 func (s *Server) unaryErrors(ctx context.Context, request any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	response, err := handler(ctx, request)
 	if err != nil {
-		return nil, toStatus(ctx, s.logger, info.FullMethod, cmp.Or(endOfPublic(ctx), s.late(err)))
+		s.writing.note(ctx, err)
+		return nil, toStatus(ctx, s.logger, info.FullMethod, cmp.Or(endOfPublic(ctx), s.writing.explain(s.late(err))))
 	}
 	return response, nil
 }

@@ -23,6 +23,7 @@ type writer struct {
 	queries  *db.Queries
 	timeout  time.Duration
 	combiner *combiner.Combiner[*writeRequest, writeResult]
+	done     func(context.Context, error) // is told how each batch has ended; nil is allowed
 }
 
 // writeRequest is what one Put or Patch wants written, all or nothing.
@@ -156,6 +157,9 @@ func (w *writer) run(ctx context.Context, requests []*writeRequest) ([]combiner.
 				return nil
 			})
 		})
+	}
+	if w.done != nil {
+		w.done(ctx, err)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("write records: %w", err)

@@ -291,16 +291,23 @@ func TestServerCommands(t *testing.T) {
 	if got, want := mustTry(t, env, "checkpoint", "get", "-o", "json"), `{"checkpoint":{"server_version":18446744073709551615,"record_version":7}`; !strings.HasPrefix(got, want) {
 		t.Errorf("checkpoint get -o json: got %q", got)
 	}
-	if got := mustTry(t, env, "info"); !regexp.MustCompile(`^server version: +[1-9]\d*\nearliest record version: +\d+\nlatest record version: +\d+\n$`).MatchString(got) {
+	if got := mustTry(t, env, "info"); !regexp.MustCompile(`^server version: +[1-9]\d*\nearliest record version: +\d+\nlatest record version: +\d+\nwriting: +yes\n$`).MatchString(got) {
 		t.Errorf("info: got %q", got)
 	}
-	if got := mustTry(t, env, "info", "-o", "json"); !strings.HasPrefix(got, `{"server_version":`) || strings.Contains(got, `:"`) {
+	if got := mustTry(t, env, "info", "-o", "json"); !strings.HasPrefix(got, `{"server_version":`) || strings.Contains(got, `:"`) || !strings.Contains(got, `"writable":true`) {
 		t.Errorf("info -o json: got %q", got)
 	}
 	// Health needs no secret.
 	for _, env := range [][]string{env, env[:1]} {
-		if got := mustTry(t, env, "health"); got != "SERVING\n" {
-			t.Errorf("health: got %q", got)
+		for _, args := range [][]string{{"health"}, {"health", "--for", "reading"}, {"health", "--for", "writing", "--wait", "10s"}} {
+			if got := mustTry(t, env, args...); got != "SERVING\n" {
+				t.Errorf("%q: got %q", args, got)
+			}
+		}
+	}
+	for _, args := range [][]string{{"health", "--for", "everything"}, {"health", "--for", "writing", "--service", "x"}} {
+		if r := try(t, env, args...); r.code != exitUsage || !strings.Contains(r.stderr, "--for") {
+			t.Errorf("%q: got exit code %d and %q", args, r.code, r.stderr)
 		}
 	}
 	if got := mustTry(t, env, "health", "-o", "json"); got != `{"status":"SERVING"}`+"\n" {

@@ -11,17 +11,28 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"pgbroker/server"
 )
 
 // newHTTPServer returns the server for metrics and probes. It answers nothing else, so its timeouts are short.
-func newHTTPServer(metrics prometheus.Gatherer, ready func() error, log *slog.Logger) *http.Server {
+func newHTTPServer(metrics prometheus.Gatherer, ready, writable func() error, log *slog.Logger) *http.Server {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(metrics, promhttp.HandlerOpts{
 		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelError), Timeout: 10 * time.Second, MaxRequestsInFlight: 4,
 	}))
 	// Alive is whoever answers. If this asked the database, an outage of the database would restart every replica.
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { probe(w, nil) })
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) { probe(w, ready()) })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
+		switch purpose := r.URL.Query().Get("for"); purpose {
+		case "", server.HealthReading:
+			probe(w, ready())
+		case server.HealthWriting:
+			probe(w, writable())
+		default:
+			http.Error(w, fmt.Sprintf("for: got %q, allowed %s and %s", purpose, server.HealthReading, server.HealthWriting), http.StatusBadRequest)
+		}
+	})
 	return &http.Server{
 		Handler:           mux,
 		ReadHeaderTimeout: 5 * time.Second,
@@ -45,10 +56,10 @@ func probe(w http.ResponseWriter, problem error) {
 }
 
 // serveHTTP serves on a listener until ctx ends.
-func serveHTTP(ctx context.Context, server *http.Server, listener net.Listener) error {
-	stopped := context.AfterFunc(ctx, func() { _ = server.Close() }) // a probe or a scrape can be asked again
+func serveHTTP(ctx context.Context, probes *http.Server, listener net.Listener) error {
+	stopped := context.AfterFunc(ctx, func() { _ = probes.Close() }) // a probe or a scrape can be asked again
 	defer stopped()
-	if err := server.Serve(listener); err != nil && !errors.Is(err, http.ErrServerClosed) {
+	if err := probes.Serve(listener); err != nil && !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("serve metrics: %w", err)
 	}
 	return nil

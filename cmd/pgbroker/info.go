@@ -3,40 +3,85 @@ package main
 import (
 	"context"
 	"fmt"
+	"io"
 	"runtime"
 	"runtime/debug"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"pgbroker/cmd/pgbroker/duration"
 	"pgbroker/proto/databroker"
+	"pgbroker/server"
 )
 
 func (a *app) infoCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "info", Short: "Show the versions of the server's data", Args: cobra.NoArgs,
 		Long: `Show the server version, which names the data set, and the earliest and latest record version, between which a client can
-resume (see 'pgbroker watch --since').`,
+resume (see 'pgbroker watch --since'); whether anything can be written, and so revoked, and if not why; and how far the
+database is behind, if it is a standby.`,
 		RunE: a.call(func(ctx context.Context, _ *cobra.Command, c *client) error {
-			response, err := c.records.ServerInfo(ctx, new(emptypb.Empty))
+			var header metadata.MD
+			response, err := c.records.ServerInfo(ctx, new(emptypb.Empty), grpc.Header(&header))
 			if err != nil {
 				return err
 			}
-			if a.output == outputJSON {
-				return a.writeProto(response)
-			}
-			_, err = fmt.Fprintf(a.stdout, "server version:          %d\nearliest record version: %d\nlatest record version:   %d\n",
-				response.GetServerVersion(), response.GetEarliestRecordVersion(), response.GetLatestRecordVersion())
-			return err
+			return a.showInfo(response, header)
 		}),
 	}
 	a.addOutputFlag(cmd)
 	a.addClientFlags(cmd)
 	return cmd
+}
+
+// showInfo shows what a server says of itself: in the response, which is part of the contract, and beside it. Another broker than
+// this one says nothing there.
+func (a *app) showInfo(response *databroker.ServerInfoResponse, header metadata.MD) error {
+	said := func(key string) string { return clean(strings.Join(header.Get(key), ", ")) }
+	writing, lag := said(server.InfoWriting), said(server.InfoStandbyLag)
+	if a.output == outputJSON {
+		info := struct {
+			ServerVersion         uint64   `json:"server_version"`
+			EarliestRecordVersion uint64   `json:"earliest_record_version"`
+			LatestRecordVersion   uint64   `json:"latest_record_version"`
+			Writable              *bool    `json:"writable,omitempty"`
+			NotWritableBecause    string   `json:"not_writable_because,omitempty"`
+			StandbyLagSeconds     *float64 `json:"standby_lag_seconds,omitempty"`
+		}{
+			ServerVersion: response.GetServerVersion(), EarliestRecordVersion: response.GetEarliestRecordVersion(),
+			LatestRecordVersion: response.GetLatestRecordVersion(),
+		}
+		if writing != "" {
+			reason, no := strings.CutPrefix(writing, "no: ")
+			info.Writable = new(bool)
+			if *info.Writable = !no; no {
+				info.NotWritableBecause = reason
+			}
+		}
+		if behind, err := time.ParseDuration(lag); err == nil {
+			seconds := behind.Seconds()
+			info.StandbyLagSeconds = &seconds
+		}
+		return a.writeJSON(info)
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "server version:          %d\nearliest record version: %d\nlatest record version:   %d\n",
+		response.GetServerVersion(), response.GetEarliestRecordVersion(), response.GetLatestRecordVersion())
+	if writing != "" {
+		fmt.Fprintf(&b, "writing:                 %s\n", writing)
+	}
+	if lag != "" {
+		fmt.Fprintf(&b, "behind the primary:      %s\n", lag)
+	}
+	_, err := io.WriteString(a.stdout, b.String())
+	return err
 }
 
 func (a *app) checkpointCommand() *cobra.Command {
@@ -85,15 +130,30 @@ func (a *app) checkpointSetCommand() *cobra.Command {
 
 func (a *app) healthCommand() *cobra.Command {
 	var (
-		service string
-		wait    time.Duration
+		service, purpose string
+
+		wait time.Duration
 	)
 	cmd := &cobra.Command{
 		Use: "health", Short: "Ask the server whether it can serve", Args: cobra.NoArgs,
-		Long: `Ask the server whether it can serve. The exit code is 0 when it can; no shared secret is needed. --wait asks again and again
-until it can or the time is over.`,
-		Example: `  pgbroker health --wait 30s && pgbroker types`,
+		Long: fmt.Sprintf(`Ask the server whether it can serve. The exit code is 0 when it can and %d when it cannot, or cannot be reached; no shared secret
+is needed. --wait asks again and again until it can or the time is over.
+
+--for %s asks whether records can be written as well: a server whose database is a standby, or read-only, serves reads and
+streams, and nothing can be revoked there.`, exitUnreachable, server.HealthWriting),
+		Example: `  pgbroker health --wait 30s && pgbroker types
+  pgbroker health --for writing`,
 		RunE: a.action(func(cmd *cobra.Command, cfg *configuration) error {
+			switch purpose {
+			case "":
+			case server.HealthReading, server.HealthWriting:
+				if service != "" {
+					return usagef("--for and --service: allowed is one of them")
+				}
+				service = purpose
+			default:
+				return usagef("--for: got %q, allowed %s and %s", purpose, server.HealthReading, server.HealthWriting)
+			}
 			c, err := a.connect(cfg)
 			if err != nil {
 				return err
@@ -106,7 +166,7 @@ until it can or the time is over.`,
 			for {
 				serving, err := checkHealth(cmd.Context(), c, service)
 				if err == nil && serving == grpc_health_v1.HealthCheckResponse_SERVING || !time.Now().Before(deadline) {
-					return a.showHealth(c, serving, err)
+					return a.showHealth(c, service, serving, err)
 				}
 				c.ResetConnectBackoff()
 				select {
@@ -117,6 +177,7 @@ until it can or the time is over.`,
 			}
 		}),
 	}
+	cmd.Flags().StringVar(&purpose, "for", "", "what the server is to be able to do: reading (default) or writing")
 	cmd.Flags().StringVar(&service, "service", "", "service to ask about; all when left out")
 	duration.Var(cmd.Flags(), &wait, "wait", 0, nil, "longest to wait until it can serve")
 	a.addOutputFlag(cmd)
@@ -129,7 +190,7 @@ func checkHealth(ctx context.Context, c *client, service string) (grpc_health_v1
 	return response.GetStatus(), err
 }
 
-func (a *app) showHealth(c *client, serving grpc_health_v1.HealthCheckResponse_ServingStatus, err error) error {
+func (a *app) showHealth(c *client, service string, serving grpc_health_v1.HealthCheckResponse_ServingStatus, err error) error {
 	if err != nil {
 		return c.explain(err)
 	}
@@ -139,7 +200,10 @@ func (a *app) showHealth(c *client, serving grpc_health_v1.HealthCheckResponse_S
 		err = a.writeLine([]byte(serving.String()))
 	}
 	if err == nil && serving != grpc_health_v1.HealthCheckResponse_SERVING {
-		return &exitError{exitFailure, fmt.Errorf("the server at %s cannot serve at present", c.address)}
+		if service == server.HealthWriting {
+			return &exitError{exitUnreachable, fmt.Errorf("nothing can be written by way of the server at %s at present; 'pgbroker info' says why", c.address)}
+		}
+		return &exitError{exitUnreachable, fmt.Errorf("the server at %s cannot serve at present", c.address)}
 	}
 	return err
 }

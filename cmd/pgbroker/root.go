@@ -38,7 +38,7 @@ var exitCodes = []struct {
 	{exitUsage, "wrong usage, configuration or input"},
 	{exitNotFound, "no such record, type or setting"},
 	{exitTaken, "the lease is held by somebody else"},
-	{exitUnreachable, "the server cannot be reached or cannot reach its database"},
+	{exitUnreachable, "the server cannot be reached, or its database cannot be used: it is away, or takes no writes"},
 	{exitUnauthenticated, "the server does not accept the shared secret, or its access is not enough"},
 	{exitNoneMatched, "nothing is chosen by the filters, so nothing was done"},
 	{exitProblems, "check has found problems"},

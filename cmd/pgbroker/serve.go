@@ -266,16 +266,19 @@ func startHTTP(cfg *configuration, metrics prometheus.Gatherer, replica *atomic.
 		return nil, fmt.Errorf("%s: %w", cfg.describe("metrics_address"), err)
 	}
 	log.Info("serving metrics and probes", "address", listener.Addr().String())
-	ready := func() error {
-		s := replica.Load()
-		if s == nil {
-			return errors.New("starting")
+	ask := func(question func(*server.Server) error) func() error {
+		return func() error {
+			s := replica.Load()
+			if s == nil {
+				return errors.New("starting")
+			}
+			return question(s)
 		}
-		return s.Ready()
 	}
+	probes := newHTTPServer(metrics, ask((*server.Server).Ready), ask((*server.Server).Writable), log)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- serveHTTP(ctx, newHTTPServer(metrics, ready, log), listener) }()
+	go func() { done <- serveHTTP(ctx, probes, listener) }()
 	return func() error {
 		cancel()
 		return <-done

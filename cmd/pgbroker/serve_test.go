@@ -25,6 +25,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+
 	"pgbroker/db/dbtest"
 	"pgbroker/migrations"
 )
@@ -191,6 +193,51 @@ func TestServeDatabase(t *testing.T) {
 			t.Errorf("GET %s: got %d and %.200q, want %q", path, code, body, want)
 		}
 	}
+	for path, want := range map[string]int{
+		"/readyz?for=reading": http.StatusOK, "/readyz?for=writing": http.StatusOK, "/readyz?for=everything": http.StatusBadRequest,
+	} {
+		if code, body := get(t, metrics, path); code != want {
+			t.Errorf("GET %s: got %d and %q, want %d", path, code, body, want)
+		}
+	}
+	// Without a restart, and only for writing.
+	database.Exec(t, "ALTER DATABASE "+pgx.Identifier{database.Config(t).Database}.Sanitize()+" SET default_transaction_read_only = on")
+	database.TerminateBackends(t, "pgbroker")
+	awaitCode := func(code int) {
+		t.Helper()
+		for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) { // there is nothing to wait on but the answer
+			got, body := get(t, metrics, "/readyz?for=writing")
+			if got == code {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("GET /readyz?for=writing: got %d and %q, want %d", got, body, code)
+			}
+		}
+	}
+	awaitCode(http.StatusServiceUnavailable)
+	mustTry(t, env, "health", "--wait", "30s")
+	if code, body := get(t, metrics, "/readyz"); code != http.StatusOK {
+		t.Errorf("GET /readyz of a read-only database: got %d and %q", code, body)
+	}
+	if r := try(t, env, "health", "--for", "writing"); r.code != exitUnreachable || r.stdout != "NOT_SERVING\n" || !strings.Contains(r.stderr, "nothing can be written") {
+		t.Errorf("health for writing to a read-only database: got exit code %d, %q, %q", r.code, r.stdout, r.stderr)
+	}
+	if r := try(t, env, "record", "put", "-t", "x", "-i", "y", "-d", "{}"); r.code != exitUnreachable || !strings.Contains(r.stderr, "read-only") {
+		t.Errorf("put into a read-only database: got exit code %d, %q", r.code, r.stderr)
+	}
+	if got := mustTry(t, env, "info"); !strings.Contains(got, "no: the database server in use is read-only") {
+		t.Errorf("info of a read-only database: got %q", got)
+	}
+	if got := mustTry(t, env, "info", "-o", "json"); !strings.Contains(got, `"writable":false,"not_writable_because":"the database server in use is read-only`) {
+		t.Errorf("info -o json of a read-only database: got %q", got)
+	}
+	if _, body := get(t, metrics, "/metrics"); !strings.Contains(body, "pgbroker_database_writable 0\n") {
+		t.Error("the metric does not say that nothing can be written")
+	}
+	database.Exec(t, "SET default_transaction_read_only = off; ALTER DATABASE "+pgx.Identifier{database.Config(t).Database}.Sanitize()+" RESET default_transaction_read_only")
+	awaitCode(http.StatusOK)
+	mustTry(t, env, "record", "put", "-t", "x", "-i", "y", "-d", "{}")
 	if code, _ := get(t, metrics, "/"); code != http.StatusNotFound {
 		t.Errorf("GET /: got %d", code)
 	}
@@ -246,11 +293,13 @@ func TestServeWaits(t *testing.T) {
 	env := []string{"PGBROKER_ADDRESS=" + address, "PGBROKER_SHARED_SECRET=" + canary}
 	server := start(t, env, "serve", "--database-url", u.String(), "--metrics-address", metrics)
 	deadline := time.Now().Add(30 * time.Second)
-	for try(t, env, "health").code != exitFailure && time.Now().Before(deadline) {
+	for try(t, env, "health").stdout != "NOT_SERVING\n" && time.Now().Before(deadline) {
 		time.Sleep(20 * time.Millisecond) // there is nothing to wait on but the port
 	}
-	if r := try(t, env, "health"); r.code != exitFailure || r.stdout != "NOT_SERVING\n" {
-		t.Errorf("health without a database: got exit code %d, %q, %q", r.code, r.stdout, r.stderr)
+	for _, purpose := range []string{"reading", "writing"} {
+		if r := try(t, env, "health", "--for", purpose); r.code != exitUnreachable || r.stdout != "NOT_SERVING\n" {
+			t.Errorf("health for %s without a database: got exit code %d, %q, %q", purpose, r.code, r.stdout, r.stderr)
+		}
 	}
 	if r := try(t, env, "types"); r.code != exitUnreachable {
 		t.Errorf("request without a database: got exit code %d and %q, want %d", r.code, r.stderr, exitUnreachable)

@@ -45,6 +45,9 @@ var (
 // ErrStopped is what cursors get when the feed has stopped.
 var ErrStopped = errors.New("the change feed has stopped")
 
+// DefaultPollInterval is how often changes are looked for unasked, if nothing else is configured.
+const DefaultPollInterval = 2 * time.Second
+
 // Config of a Feed. All fields without a stated default are required.
 type Config struct {
 	// Queries reads the database for all streams together.
@@ -150,7 +153,7 @@ func (v *view) ringOfType(recordType string) *ring {
 // New returns a feed that does nothing until Run.
 func New(config Config) *Feed {
 	config.RingBytes = cmp.Or(config.RingBytes, 64<<20)
-	config.PollInterval = cmp.Or(config.PollInterval, 2*time.Second)
+	config.PollInterval = cmp.Or(config.PollInterval, DefaultPollInterval)
 	config.Logger = cmp.Or(config.Logger, slog.Default())
 	config.Streams = cmp.Or(config.Streams, config.Queries)
 	if config.Guard == nil {
@@ -173,6 +176,7 @@ func New(config Config) *Feed {
 		doubt:   config.Doubt,
 		logger:  config.Logger,
 		stats:   &f.stats,
+		retry:   config.PollInterval,
 		wake: map[string]func(){
 			channelChanges:  f.Wake,
 			channelServices: config.OnServices,
@@ -429,6 +433,9 @@ func (c *Cursor) Next(ctx context.Context, wait bool) (Event, error) {
 					return Event{}, err
 				}
 				retry, end = time.After(retryTime), true
+			}
+			if end && wait && c.version < v.head {
+				retry = time.After(retryTime) // another standby, which is behind the one that the tailer has read
 			}
 		default:
 			c.ahead = c.version > v.head

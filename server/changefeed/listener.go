@@ -33,6 +33,8 @@ type listener struct {
 	doubt   func(error)       // is told that a connection does not answer
 	logger  *slog.Logger
 	stats   *stats
+	retry   time.Duration // how often to look whether a standby has been promoted
+	told    bool          // that it is one
 
 	patience time.Duration // answerTime, or longer
 }
@@ -55,6 +57,10 @@ func (l *listener) run(ctx context.Context) {
 		if connected {
 			delay.Reset()
 		}
+		if db.IsReadOnly(err) {
+			l.awaitPromotion(ctx)
+			continue
+		}
 		wait, level := delay.NextBackOff(), slog.LevelWarn
 		if errors.Is(err, db.ErrTransactionPooler) {
 			// That is how it was set up, and said once.
@@ -69,6 +75,23 @@ func (l *listener) run(ctx context.Context) {
 		select {
 		case <-time.After(wait):
 		case <-ctx.Done():
+		}
+	}
+}
+
+// awaitPromotion waits as long as the server is a standby, where LISTEN is not allowed.
+func (l *listener) awaitPromotion(ctx context.Context) {
+	if !l.told {
+		l.told = true
+		l.logger.InfoContext(ctx, "the server is a standby, which announces nothing: changes are found by polling")
+	}
+	tick := time.NewTicker(l.retry)
+	defer tick.Stop()
+	for began := time.Now(); l.stats.standby.Load() || time.Since(began) < l.retry; {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
 		}
 	}
 }
@@ -97,6 +120,7 @@ func (l *listener) listen(ctx context.Context) (connected bool, err error) {
 	}
 	l.stats.connects.Add(1)
 	l.stats.listening.Store(true)
+	l.told = false
 	// What was announced before we listened is in the tables.
 	for _, wake := range l.wake {
 		if wake != nil {

@@ -18,6 +18,7 @@ type Stats struct {
 
 type stats struct {
 	listening   atomic.Bool
+	standby     atomic.Bool // the server read last is one
 	connects    atomic.Int64
 	tailReads   atomic.Int64
 	tableReads  atomic.Int64

@@ -37,9 +37,13 @@ var errReadUnanswered = errors.New("a read of the change log is not answered")
 // replicas, are not each read by replicas without streams, and short enough for options.
 const restTime = 50 * time.Millisecond
 
+// standbyInterval is how often the tailer looks on a standby, where LISTEN is not allowed: so much later than the standby itself
+// streams have a change.
+const standbyInterval = 250 * time.Millisecond
+
 // tail publishes what is new at each wake-up and on a slow tick, until ctx ends.
 func (f *Feed) tail(ctx context.Context) {
-	tick := time.NewTicker(f.config.PollInterval)
+	tick := time.NewTimer(f.config.PollInterval)
 	defer tick.Stop()
 	asked := true
 	limit := readTime
@@ -65,6 +69,7 @@ func (f *Feed) tail(ctx context.Context) {
 		if more {
 			continue
 		}
+		tick.Reset(f.pollInterval())
 		var retry <-chan time.Time
 		if err != nil {
 			retry = time.After(unreadTime)
@@ -81,6 +86,14 @@ func (f *Feed) tail(ctx context.Context) {
 		}
 		f.rest(ctx)
 	}
+}
+
+// pollInterval is how long the tailer waits at most. A standby announces nothing.
+func (f *Feed) pollInterval() time.Duration {
+	if f.stats.standby.Load() {
+		return min(f.config.PollInterval, standbyInterval)
+	}
+	return f.config.PollInterval
 }
 
 // rest waits a moment if nobody follows, or until somebody does.
@@ -137,6 +150,7 @@ func (f *Feed) readNew(ctx context.Context) (found int, more bool, err error) {
 	}
 	f.stats.tailReads.Add(1)
 	first := &rows[0]
+	f.stats.standby.Store(first.Standby)
 	options := v.options
 	if options == nil || options.version != first.OptionsVersion {
 		if options, err = f.readOptions(ctx, first.OptionsVersion); err != nil {
@@ -147,8 +161,16 @@ func (f *Feed) readNew(ctx context.Context) (found int, more bool, err error) {
 	case v.serverVersion != first.ServerVersion:
 		f.restart(ctx, options, first)
 		return 0, false, nil
+	case first.Standby && first.Lost == 0 && first.LatestVersion < v.head:
+		return 0, false, nil // it is behind the one that was read before, and will follow
 	case versionsLost(v, first) > 0:
-		return 0, false, f.forgetLost(ctx, v)
+		err := f.forgetLost(ctx, v)
+		if db.IsReadOnly(err) {
+			// Nobody can be told by the data set. Streams that have seen what is lost are told when they come to it in the table.
+			f.restart(ctx, options, first)
+			return 0, false, nil
+		}
+		return 0, false, err
 	case first.Version == 0:
 		if options != v.options {
 			f.publish(func(v *view) { v.options = options })

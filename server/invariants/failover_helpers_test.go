@@ -233,8 +233,11 @@ func (w *world) awaitVersion(version uint64) {
 	})
 }
 
-// pause stops the writers.
+// pause stops the writers, if there are any.
 func (w *world) pause() {
+	if w.writers == nil {
+		return
+	}
 	w.stopWrite()
 	_ = w.writers.Wait() // failures are noted
 }

@@ -139,9 +139,15 @@ func (r *Replica) Stop() error {
 // AwaitHealth waits until the replica reports a status.
 func (r *Replica) AwaitHealth(t testing.TB, status grpc_health_v1.HealthCheckResponse_ServingStatus) {
 	t.Helper()
+	r.AwaitHealthFor(t, "", status)
+}
+
+// AwaitHealthFor waits until the replica reports a status for reading or writing.
+func (r *Replica) AwaitHealthFor(t testing.TB, purpose string, status grpc_health_v1.HealthCheckResponse_ServingStatus) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), startTime)
 	defer cancel()
-	stream, err := r.Health.Watch(ctx, new(grpc_health_v1.HealthCheckRequest), grpc.WaitForReady(true))
+	stream, err := r.Health.Watch(ctx, &grpc_health_v1.HealthCheckRequest{Service: purpose}, grpc.WaitForReady(true))
 	if err != nil {
 		t.Fatalf("watch health: %v", err)
 	}
