@@ -140,6 +140,12 @@ func (e *UnfitError) Error() string { return e.Problem + ": " + e.Remedy }
 
 // settle makes a session that was just opened one of ours, in what parameters of its start cannot do.
 func settle(ctx context.Context, conn *pgconn.PgConn, pooled bool) error {
+	if encoding := conn.ParameterStatus("server_encoding"); encoding != "UTF8" {
+		return &UnfitError{
+			Problem: fmt.Sprintf("the database's encoding is %s, allowed is UTF8: other encodings cannot hold the ids and names of all people", encoding),
+			Remedy:  "make another database with: createdb --template template0 --encoding UTF8 NAME",
+		}
+	}
 	sql := "SELECT current_setting('session_replication_role')"
 	if majorVersion(conn) >= 17 && !pooled {
 		sql = "SET transaction_timeout = 0; " + sql // older servers do not know it; every statement has its own limit

@@ -10,6 +10,7 @@ import (
 
 	"pgbroker/db"
 	"pgbroker/db/dbtest"
+	"pgbroker/migrations"
 )
 
 // contrary has for every setting of ours another value than ours, which a role, a database or a server may have.
@@ -102,6 +103,42 @@ func TestSessionsWithoutTriggersAreRefused(t *testing.T) {
 		var unfit *db.UnfitError
 		if !errors.As(err, &unfit) || db.IsUnavailable(err) || !strings.Contains(unfit.Error(), "RESET session_replication_role") {
 			t.Errorf("%s: %v", kind, err)
+		}
+	}
+}
+
+// A database in another encoding is refused by every kind of connection, before anything is changed in it.
+func TestEncoding(t *testing.T) {
+	t.Parallel()
+	p := dbtest.Server(t, nil)
+	for _, encoding := range []string{"LATIN1", "SQL_ASCII"} {
+		name := strings.ToLower(encoding)
+		p.Exec("CREATE DATABASE " + name + " TEMPLATE template0 ENCODING " + encoding + " LOCALE 'C'")
+		d, _ := open(t, db.Config{ConnString: p.ConnString() + "&dbname=" + name})
+		_, pooled := d.Exec(t.Context(), "SELECT 1")
+		_, listener := d.Listen(t.Context())
+		_, direct := pgx.ConnectConfig(t.Context(), d.ConnConfig())
+		for kind, err := range map[string]error{"pool": pooled, "listener": listener, "direct": direct, "migrations": migrations.Up(t.Context(), d.ConnConfig())} {
+			var unfit *db.UnfitError
+			if !errors.As(err, &unfit) || db.IsUnavailable(err) || !strings.Contains(unfit.Error(), encoding) || !strings.Contains(unfit.Error(), "--encoding UTF8") {
+				t.Errorf("%s, %s: %v", encoding, kind, err)
+			}
+		}
+		config, err := pgx.ParseConfig(p.ConnString() + "&dbname=" + name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if version, _, err := migrations.Version(t.Context(), config); version != 0 || err != nil {
+			t.Errorf("%s: there is a schema of version %d (%v)", encoding, version, err)
+		}
+		conn, err := pgx.ConnectConfig(t.Context(), config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close(t.Context())
+		var schemas int
+		if err := conn.QueryRow(t.Context(), "SELECT count(*) FROM pg_namespace WHERE nspname = 'pgbroker'").Scan(&schemas); err != nil || schemas != 0 {
+			t.Errorf("%s: the schema was made (%v)", encoding, err)
 		}
 	}
 }

@@ -203,19 +203,19 @@ func TestServeDatabase(t *testing.T) {
 	// Without a restart, and only for writing.
 	database.Exec(t, "ALTER DATABASE "+pgx.Identifier{database.Config(t).Database}.Sanitize()+" SET default_transaction_read_only = on")
 	database.TerminateBackends(t, "pgbroker")
-	awaitCode := func(code int) {
+	awaitWriting := func(code int, text string) {
 		t.Helper()
 		for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) { // there is nothing to wait on but the answer
 			got, body := get(t, metrics, "/readyz?for=writing")
-			if got == code {
+			if got == code && strings.Contains(body, text) {
 				break
 			}
 			if time.Now().After(deadline) {
-				t.Fatalf("GET /readyz?for=writing: got %d and %q, want %d", got, body, code)
+				t.Fatalf("GET /readyz?for=writing: got %d and %q, want %d and %q", got, body, code, text)
 			}
 		}
 	}
-	awaitCode(http.StatusServiceUnavailable)
+	awaitWriting(http.StatusServiceUnavailable, "read-only")
 	mustTry(t, env, "health", "--wait", "30s")
 	if code, body := get(t, metrics, "/readyz"); code != http.StatusOK {
 		t.Errorf("GET /readyz of a read-only database: got %d and %q", code, body)
@@ -235,8 +235,8 @@ func TestServeDatabase(t *testing.T) {
 	if _, body := get(t, metrics, "/metrics"); !strings.Contains(body, "pgbroker_database_writable 0\n") {
 		t.Error("the metric does not say that nothing can be written")
 	}
-	database.Exec(t, "SET default_transaction_read_only = off; ALTER DATABASE "+pgx.Identifier{database.Config(t).Database}.Sanitize()+" RESET default_transaction_read_only")
-	awaitCode(http.StatusOK)
+	database.Exec(t, "BEGIN READ WRITE; ALTER DATABASE "+pgx.Identifier{database.Config(t).Database}.Sanitize()+" RESET default_transaction_read_only; COMMIT")
+	awaitWriting(http.StatusOK, "ok")
 	mustTry(t, env, "record", "put", "-t", "x", "-i", "y", "-d", "{}")
 	if code, _ := get(t, metrics, "/"); code != http.StatusNotFound {
 		t.Errorf("GET /: got %d", code)
