@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -83,4 +84,28 @@ func (d *DB) writable(ctx context.Context) (bool, error) {
 	defer func() { _ = conn.Close(context.WithoutCancel(ctx)) }() // it was only asked
 	row, err := New(conn).ServerCondition(ctx)
 	return err == nil && !row.ReadOnly, err
+}
+
+// CheckRights returns an *UnfitError that names the rights which this program's role lacks, if there is a schema.
+func (d *DB) CheckRights(ctx context.Context) error {
+	missing, err := New(d).RightsMissing(ctx)
+	if err != nil {
+		return fmt.Errorf("look at the rights of the role: %w", err)
+	}
+	if len(missing) == 0 {
+		return nil
+	}
+	role := d.main.current().User
+	var list []string
+	for _, right := range missing {
+		list = append(list, right.Privileges+" on "+right.Object)
+	}
+	return &UnfitError{
+		Problem: fmt.Sprintf("the role %s lacks rights: %s", role, strings.Join(list, "; ")),
+		Remedy:  grantsRemedy(role),
+	}
+}
+
+func grantsRemedy(role string) string {
+	return fmt.Sprintf("as the owner of the schema, run: pgbroker migrate grants --server %s | psql", role)
 }

@@ -128,6 +128,9 @@ func (f *fence) check(ctx context.Context, conn *pgconn.PgConn) error {
 		if isUndefined(err) {
 			return f.admitStranger(network)
 		}
+		if pgErr := new(pgconn.PgError); errors.As(err, &pgErr) && pgErr.Code == pgerrcode.InsufficientPrivilege {
+			return &UnfitError{Problem: "the role may not use the schema pgbroker: " + pgErr.Message, Remedy: grantsRemedy("ROLE")}
+		}
 		if err != nil {
 			return fmt.Errorf("ask the server for its epoch: %w", err)
 		}

@@ -60,3 +60,32 @@ SELECT pg_is_in_recovery()::boolean AS standby,
 -- Writes some 70 kB, for a transaction that is rolled back: it fails as long as there is no room on the disk.
 INSERT INTO pgbroker.leases (name, id, expires_at)
 SELECT gen_random_uuid()::text, string_agg(gen_random_uuid()::text, ''), clock_timestamp() FROM generate_series(1, 2000);
+
+-- name: RightsMissing :many
+-- Rights that a replica needs and the role of this session lacks, of all that is there. It reads the catalog alone, for which
+-- nobody needs a right.
+SELECT n.object::text AS object, string_agg(n.privilege, ', ' ORDER BY n.place)::text AS privileges
+FROM (
+  SELECT 'pgbroker.' || c.relname AS object, p.privilege, p.place
+  FROM pg_catalog.pg_class c
+  CROSS JOIN LATERAL unnest(CASE
+    WHEN c.relname IN ('leases', 'services')     THEN '{SELECT,INSERT,UPDATE,DELETE}'::text[]
+    WHEN c.relname IN ('state', 'checkpoint')    THEN '{SELECT,UPDATE}'
+    WHEN c.relname = 'epochs'                    THEN '{SELECT,INSERT}'
+    WHEN c.relname IN ('records', 'changes', 'record_types', 'search_texts', 'schema_state', 'schema_migrations', 'versions', 'blockers')
+                                                 THEN '{SELECT}'
+    END) WITH ORDINALITY AS p (privilege, place)
+  WHERE c.relnamespace = to_regnamespace('pgbroker') AND NOT has_table_privilege(c.oid, p.privilege)
+  UNION ALL
+  SELECT 'function pgbroker.' || p.proname, 'EXECUTE', 1
+  FROM pg_catalog.pg_proc p
+  WHERE p.pronamespace = to_regnamespace('pgbroker') AND NOT has_function_privilege(p.oid, 'EXECUTE')
+    AND p.proname IN ('write_records', 'put_search_texts', 'lock_order', 'settle_epoch', 'parse_time', 'expire_records', 'expire_by_ttl',
+                      'end_idle_records', 'end_excess_records', 'clear_records', 'purge_audit', 'purge_tombstones')
+  UNION ALL
+  SELECT 'schema pgbroker', 'USAGE', 1
+  FROM pg_catalog.pg_namespace s
+  WHERE s.nspname = 'pgbroker' AND NOT has_schema_privilege(s.oid, 'USAGE')
+) n
+GROUP BY n.object
+ORDER BY n.object;

@@ -215,6 +215,10 @@ func buildInfo() prometheus.Collector {
 // prepareSchema makes sure that this program works with the schema, by migrating it if that is wanted. A newer schema is served,
 // so that a replica that restarts while others are being upgraded comes back.
 func prepareSchema(ctx context.Context, cfg *configuration, database *db.DB, log *slog.Logger) error {
+	// What is wrong with the database itself is found before anything is changed in it.
+	if err := database.CheckRights(ctx); err != nil {
+		return err
+	}
 	if cfg.Migrate {
 		todo, err := migrations.Plan(ctx, database.ConnConfig())
 		if err != nil {
@@ -235,7 +239,11 @@ func prepareSchema(ctx context.Context, cfg *configuration, database *db.DB, log
 		log.Warn("the database schema is newer than this pgbroker, which is meant for the time of an upgrade: replace it by the newer one",
 			"schema", version, "known", known)
 	}
-	return nil
+	condition, err := database.Condition(ctx)
+	if err != nil {
+		return err
+	}
+	return condition.Unfit()
 }
 
 // awaitSchema is prepareSchema for a database that cannot be reached yet.

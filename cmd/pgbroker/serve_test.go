@@ -337,6 +337,37 @@ func TestServeWaits(t *testing.T) {
 	}
 }
 
+// TestServeRefuses: what is wrong with the database is said with its remedy, and the server ends, instead of serving half of it.
+func TestServeRefuses(t *testing.T) {
+	database := dbtest.New(t)
+	env := []string{"PGBROKER_DATABASE_URL=" + database.ServerConnString, "SHARED_SECRET=" + canary, "GRPC_ADDRESS=" + freeAddress(t)}
+	for what, c := range map[string]struct {
+		wrong, right string
+		want         []string
+	}{
+		"row level security": {"ALTER TABLE pgbroker.records ENABLE ROW LEVEL SECURITY", "ALTER TABLE pgbroker.records DISABLE ROW LEVEL SECURITY",
+			[]string{"hides rows of pgbroker.records", "DISABLE ROW LEVEL SECURITY"}},
+		"a right": {"REVOKE UPDATE ON pgbroker.leases FROM " + dbtest.ServerRole, "GRANT UPDATE ON pgbroker.leases TO " + dbtest.ServerRole,
+			[]string{"lacks rights: UPDATE on pgbroker.leases", "pgbroker migrate grants --server " + dbtest.ServerRole}},
+		"every right": {"REVOKE USAGE ON SCHEMA pgbroker FROM " + dbtest.ServerRole, "GRANT USAGE ON SCHEMA pgbroker TO " + dbtest.ServerRole,
+			[]string{"permission denied for schema pgbroker", "pgbroker migrate grants --server"}},
+	} {
+		database.Exec(t, c.wrong)
+		r := try(t, env, "serve")
+		for _, want := range c.want {
+			if r.code != exitFailure || !strings.Contains(r.stderr, want) {
+				t.Errorf("%s: got exit code %d and %q, want %q", what, r.code, r.stderr, want)
+			}
+		}
+		database.Exec(t, c.right)
+	}
+	server := start(t, env, "serve")
+	mustTry(t, env, "health", "--wait", "30s")
+	if r := server.stop(t); r.code != exitOK {
+		t.Errorf("stop: got exit code %d: %s", r.code, r.stderr)
+	}
+}
+
 func TestServeSchema(t *testing.T) {
 	database := dbtest.NewEmpty(t)
 	env := []string{"PGBROKER_DATABASE_URL=" + database.ConnString, "SHARED_SECRET=" + canary, "GRPC_ADDRESS=" + freeAddress(t)}
