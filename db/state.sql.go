@@ -115,9 +115,8 @@ FROM (
   FROM pg_catalog.pg_class c
   CROSS JOIN LATERAL unnest(CASE
     WHEN c.relname IN ('leases', 'services')     THEN '{SELECT,INSERT,UPDATE,DELETE}'::text[]
-    WHEN c.relname IN ('state', 'checkpoint')    THEN '{SELECT,UPDATE}'
-    WHEN c.relname = 'epochs'                    THEN '{SELECT,INSERT}'
-    WHEN c.relname IN ('records', 'changes', 'record_types', 'search_texts', 'schema_state', 'schema_migrations', 'versions', 'blockers')
+    WHEN c.relname = 'checkpoint'                THEN '{SELECT,UPDATE}'
+    WHEN c.relname IN ('state', 'epochs', 'records', 'changes', 'record_types', 'search_texts', 'schema_state', 'schema_migrations', 'versions', 'blockers')
                                                  THEN '{SELECT}'
     END) WITH ORDINALITY AS p (privilege, place)
   WHERE c.relnamespace = to_regnamespace('pgbroker') AND NOT has_table_privilege(c.oid, p.privilege)
@@ -150,9 +149,8 @@ type RightsMissingRow struct {
 //	  FROM pg_catalog.pg_class c
 //	  CROSS JOIN LATERAL unnest(CASE
 //	    WHEN c.relname IN ('leases', 'services')     THEN '{SELECT,INSERT,UPDATE,DELETE}'::text[]
-//	    WHEN c.relname IN ('state', 'checkpoint')    THEN '{SELECT,UPDATE}'
-//	    WHEN c.relname = 'epochs'                    THEN '{SELECT,INSERT}'
-//	    WHEN c.relname IN ('records', 'changes', 'record_types', 'search_texts', 'schema_state', 'schema_migrations', 'versions', 'blockers')
+//	    WHEN c.relname = 'checkpoint'                THEN '{SELECT,UPDATE}'
+//	    WHEN c.relname IN ('state', 'epochs', 'records', 'changes', 'record_types', 'search_texts', 'schema_state', 'schema_migrations', 'versions', 'blockers')
 //	                                                 THEN '{SELECT}'
 //	    END) WITH ORDINALITY AS p (privilege, place)
 //	  WHERE c.relnamespace = to_regnamespace('pgbroker') AND NOT has_table_privilege(c.oid, p.privilege)
