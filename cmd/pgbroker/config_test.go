@@ -115,7 +115,7 @@ func sample(s *setting, n int) (written, shown string) {
 		written = fmt.Sprintf("%dMiB", 10+n)
 		return written, written
 	case *time.Duration:
-		written = fmt.Sprintf("%ds", 11+n)
+		written = fmt.Sprintf("%dh", 30+n) // long enough for every setting
 		return written, written
 	case *[]namedKey:
 		return fmt.Sprintf("name=k%d,secret=%s,access=read", n, canary), fmt.Sprintf("name=k%d,access=read,secret=%s", n, mask)
