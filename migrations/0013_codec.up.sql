@@ -965,8 +965,11 @@ COMMENT ON FUNCTION pgbroker.encode_payload(text, bytea, jsonb, jsonb, text, boo
   'What a record is written with when its data are set to a value: the payload, and what is projected from it. An old '
   'payload and its data may be given: what they have and the value does not change stays. The id is for errors; without searched, search_text is left out.';
 
+-- Whatever the session of a writer has set: strings here are standard, and JSON has all digits of a number.
 CREATE FUNCTION pgbroker.encode_record() RETURNS trigger
-  LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+  LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+  SET standard_conforming_strings = on SET extra_float_digits = 1 SET bytea_output = 'hex' SET "DateStyle" = 'ISO, MDY'
+  SET "IntervalStyle" = 'postgres' AS $$
 DECLARE
   old_payload bytea;
   before      jsonb;
