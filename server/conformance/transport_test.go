@@ -146,20 +146,29 @@ func (p *peer) ping(n uint64) {
 	}
 }
 
-// watchHealth opens a stream that needs no database.
+// watchHealth opens a stream that needs no database, as one who has a token: those of others end after some seconds.
 func (p *peer) watchHealth() {
 	p.t.Helper()
+	key, err := auth.ParseKey(servertest.Secret)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	token, err := auth.NewCredentials(key).GetRequestMetadata(p.t.Context())
+	if err != nil {
+		p.t.Fatal(err)
+	}
 	var block bytes.Buffer
 	encoder := hpack.NewEncoder(&block)
 	for _, field := range []hpack.HeaderField{
 		{Name: ":method", Value: "POST"}, {Name: ":scheme", Value: "http"}, {Name: ":path", Value: "/grpc.health.v1.Health/Watch"},
 		{Name: ":authority", Value: "databroker"}, {Name: "content-type", Value: "application/grpc"}, {Name: "te", Value: "trailers"},
+		{Name: "jwt", Value: token["jwt"]},
 	} {
 		if err := encoder.WriteField(field); err != nil {
 			p.t.Fatal(err)
 		}
 	}
-	err := p.write(func(f *http2.Framer) error {
+	err = p.write(func(f *http2.Framer) error {
 		headers := f.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: block.Bytes(), EndHeaders: true})
 		return errors.Join(headers, f.WriteData(1, true, make([]byte, 5)))
 	})
