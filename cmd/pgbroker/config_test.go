@@ -40,15 +40,15 @@ func tryInput(t testing.TB, stdin string, env []string, args ...string) result {
 	return result{code, stdout.String(), stderr.String()}
 }
 
-// tryAtTerminal runs a command for somebody who types answer, and then nothing more, at a terminal that is so wide.
-func tryAtTerminal(t testing.TB, answer string, columns uint16, env []string, args ...string) result {
+// openTerminal opens a terminal that is so wide, and the keyboard and screen of who sits at it.
+func openTerminal(t testing.TB, columns uint16) (person, terminal *os.File) {
 	t.Helper()
-	keyboard, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
+	person, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer keyboard.Close()
-	fd := int(keyboard.Fd())
+	t.Cleanup(func() { person.Close() })
+	fd := int(person.Fd())
 	number, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
 	if err == nil {
 		err = unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0)
@@ -59,11 +59,18 @@ func tryAtTerminal(t testing.TB, answer string, columns uint16, env []string, ar
 	if err != nil {
 		t.Fatal(err)
 	}
-	terminal, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", number), os.O_RDWR|unix.O_NOCTTY, 0)
+	terminal, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", number), os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer terminal.Close()
+	t.Cleanup(func() { terminal.Close() })
+	return person, terminal
+}
+
+// tryAtTerminal runs a command for somebody who types answer, and then nothing more, at a terminal that is so wide.
+func tryAtTerminal(t testing.TB, answer string, columns uint16, env []string, args ...string) result {
+	t.Helper()
+	keyboard, terminal := openTerminal(t, columns)
 	const endOfInput = "\x04"
 	if _, err := keyboard.WriteString(answer + endOfInput); err != nil {
 		t.Fatal(err)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"io"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -23,17 +24,25 @@ func catchHangup() (hangup <-chan os.Signal, stop func()) {
 
 // A reloader reads the configuration again while serve runs.
 type reloader struct {
-	load   func() (*configuration, error) // from the same flags and environment as at the start
-	cfg    *configuration                 // in force
-	server *server.Server
-	log    *slog.Logger
+	terminal io.Reader                      // where somebody has started serve by hand; nil if nobody has
+	stop     func()                         // ends serve, as SIGTERM does
+	load     func() (*configuration, error) // from the same flags and environment as at the start
+	cfg      *configuration                 // in force
+	server   *server.Server
+	log      *slog.Logger
 }
 
-// follow reloads with each hangup until ctx ends.
+// follow reloads with each hangup until ctx ends. That of a terminal that was closed ends what was started there, as it ends
+// any other program.
 func (r *reloader) follow(ctx context.Context, hangup <-chan os.Signal) {
 	for {
 		select {
 		case <-hangup:
+			if r.terminal != nil && !isTerminal(r.terminal) {
+				r.log.Info("the terminal was closed")
+				r.stop()
+				return
+			}
 			r.reload()
 		case <-ctx.Done():
 			return

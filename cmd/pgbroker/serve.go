@@ -136,7 +136,10 @@ func (a *app) serve(ctx context.Context, cfg *configuration, load func() (*confi
 		group.Go(func() error { return awaitSchema(running, cfg, database, log) })
 	}
 	replica.Store(s)
-	hangups := &reloader{load: load, cfg: cfg, server: s, log: log}
+	hangups := &reloader{stop: func() { cancel(nil) }, load: load, cfg: cfg, server: s, log: log}
+	if isTerminal(a.stdin) {
+		hangups.terminal = a.stdin
+	}
 	group.Go(func() error { hangups.follow(running, hangup); return nil })
 	group.Go(func() error { return s.Run(running, listener) })
 	if postgres != nil {

@@ -93,3 +93,34 @@ func TestASecondSignalStopsAtOnce(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestClosingTheTerminalStops: SIGHUP reads the configuration again, but the terminal that is closed takes with it what was
+// started there.
+func TestClosingTheTerminalStops(t *testing.T) {
+	t.Parallel()
+	database := dbtest.New(t)
+	address := freeAddress(t)
+	person, terminal := openTerminal(t, 80)
+	cmd := exec.CommandContext(t.Context(), buildProgram(t), "serve", "--address", address)
+	cmd.Env = append(os.Environ(), "PGBROKER_DATABASE_URL="+database.ConnString, "PGBROKER_SHARED_SECRET="+servertest.Secret)
+	cmd.Stdin = terminal
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if err := terminal.Close(); err != nil { // the program has its own
+		t.Fatal(err)
+	}
+	env := []string{"PGBROKER_ADDRESS=" + address, "PGBROKER_SHARED_SECRET=" + servertest.Secret}
+	mustTry(t, env, "health", "--wait", "30s")
+	if err := cmd.Process.Signal(syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	mustTry(t, env, "types")
+	if err := person.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("serve ended with %v", err)
+	}
+}
