@@ -36,7 +36,7 @@ const (
 // settings is the one list of what our statements rely on.
 //
 // Not in it, because operators may mean them: default_transaction_read_only, which is how providers protect a full disk;
-// synchronous_commit, which says how much a crash may lose (Check warns if it is off); work_mem and its like; role. Not in it,
+// synchronous_commit, which says how much a crash may lose; work_mem and its like; role. Not in it,
 // because nothing of ours depends on them: lc_*, transform_null_equals, xmlbinary, default_transaction_deferrable. Not in it,
 // because only superusers may set it: session_replication_role, which is checked on each connection instead.
 var settings = []Setting{

@@ -94,6 +94,18 @@ CREATE FUNCTION pgbroker.take_order_lock() RETURNS trigger
   LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
   PERFORM pgbroker.lock_order();
+  IF current_setting('transaction_isolation') <> 'read committed' THEN
+    -- What such a transaction sees may be from before the order lock: options that have changed since, say. Then it has to
+    -- be repeated, as PostgreSQL would say sooner or later, and without a word of what helps.
+    BEGIN
+      PERFORM FROM pgbroker.state FOR SHARE;
+      PERFORM FROM pgbroker.record_types FOR SHARE;
+    EXCEPTION WHEN serialization_failure THEN
+      RAISE EXCEPTION 'others have written since this transaction began'
+        USING ERRCODE = 'serialization_failure',
+          HINT = 'Repeat the transaction, or run it at READ COMMITTED: writers take turns here, so that is enough.';
+    END;
+  END IF;
   RETURN NULL;
 END
 $$;
