@@ -23,7 +23,7 @@ COMMENT ON TABLE  pgbroker.audit IS
 COMMENT ON COLUMN pgbroker.audit.number IS 'Order of the entries.';
 COMMENT ON COLUMN pgbroker.audit.at IS 'When, by the database''s clock.';
 COMMENT ON COLUMN pgbroker.audit.change IS
-  'ended: the record is gone; moved: it belongs to another user; shortened: it expires sooner, or has; emptied: it has lost its payload.';
+  'ended: the record is gone; moved: it belongs to another user; shortened: it expires sooner, or has; emptied: it has lost its payload, or the message of its type in there.';
 COMMENT ON COLUMN pgbroker.audit.cause IS
   'request: of a gRPC client; sql: a statement; expiry, idle, ttl, limit, capacity, user: an option of the type; clear: everything was deleted; repair: pgbroker check found that it was gone.';
 COMMENT ON COLUMN pgbroker.audit.type IS 'Type of the record.';
@@ -93,8 +93,13 @@ CREATE FUNCTION pgbroker.audit_update() RETURNS trigger
 DECLARE
   of_user  text := OLD.data ->> 'user_id';
   new_user text := NEW.data ->> 'user_id';
+  old_ends timestamptz := OLD.expires_at;
+  new_ends timestamptz := NEW.expires_at;
+  field    text;
+  own      bytea;
 BEGIN
-  IF NOT EXISTS (SELECT FROM pgbroker.record_types t WHERE t.type = NEW.type AND t.audited) THEN
+  SELECT coalesce(t.expiry_field, 'expires_at') INTO field FROM pgbroker.record_types t WHERE t.type = NEW.type AND t.audited;
+  IF NOT FOUND THEN
     RETURN NULL;
   END IF;
   IF new_user IS NOT DISTINCT FROM of_user AND (NEW.index_fields ->> 'user_id') <> (OLD.index_fields ->> 'user_id') THEN
@@ -105,15 +110,25 @@ BEGIN
     INSERT INTO pgbroker.audit (change, cause, type, id, user_id, became)
       VALUES ('moved', 'sql', NEW.type, NEW.id, of_user, new_user);
   END IF;
-  IF NEW.payload IS NULL AND OLD.payload IS NOT NULL THEN
+  -- What a google.protobuf.Any with the message of the type begins with: its URL, behind a tag and a length. Without it no
+  -- proxy takes the record for what its type says.
+  IF octet_length(NEW.type) < 128 THEN
+    own := set_byte('\x0a00', 1, octet_length(NEW.type)) || convert_to(NEW.type, 'UTF8');
+  END IF;
+  IF NEW.payload IS NULL AND OLD.payload IS NOT NULL
+     OR substring(OLD.payload FOR octet_length(own)) = own AND substring(NEW.payload FOR octet_length(own)) <> own THEN
     INSERT INTO pgbroker.audit (change, cause, type, id, user_id) VALUES ('emptied', 'sql', NEW.type, NEW.id, of_user);
   END IF;
+  -- Proxies look at the time in the record, also of types whose records nothing here ends when it has come.
+  IF NEW.version <> OLD.version THEN
+    old_ends := coalesce(old_ends, pgbroker.parse_time(OLD.data ->> field));
+    new_ends := coalesce(new_ends, pgbroker.parse_time(NEW.data ->> field));
+  END IF;
   -- Where an option of the type takes the time from another field now, this is no change of the record, unless it ends it.
-  IF NEW.expires_at < coalesce(OLD.expires_at, 'infinity')
-     AND (NEW.version <> OLD.version AND OLD.expires_at IS NOT NULL OR NEW.expires_at <= clock_timestamp()) THEN
+  IF new_ends < coalesce(old_ends, 'infinity') AND (NEW.version <> OLD.version OR new_ends <= clock_timestamp()) THEN
     INSERT INTO pgbroker.audit (change, cause, type, id, user_id, became)
       VALUES ('shortened', 'sql', NEW.type, NEW.id, of_user,
-              to_char(NEW.expires_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"'));
+              to_char(new_ends AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"'));
   END IF;
   RETURN NULL;
 END
@@ -154,12 +169,15 @@ REVOKE EXECUTE ON FUNCTION pgbroker.audit_clear() FROM PUBLIC;
 CREATE TRIGGER records_audit_delete AFTER DELETE ON pgbroker.records
   REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT EXECUTE FUNCTION pgbroker.audit_deletes();
 
--- Hardly any update passes the condition. Times that move on, which is what updates are about, do not. To find the user in data
+-- Hardly any update of what expires passes the condition. Times that move on, which is what updates are about, do not. To find the user in data
 -- takes 4 µs, so where writes index it, as of sessions, that is looked at; a change of the index alone has its line, too.
 CREATE TRIGGER records_audit_update AFTER UPDATE ON pgbroker.records
   FOR EACH ROW WHEN (
     NEW.expires_at < OLD.expires_at OR OLD.expires_at IS NULL AND NEW.expires_at IS NOT NULL
     OR NEW.payload IS NULL AND OLD.payload IS NOT NULL
+    -- Its message is another one: as long as the URL of that of the type are the bytes that are looked at.
+    OR substring(NEW.payload FOR octet_length(NEW.type) + 2) <> substring(OLD.payload FOR octet_length(OLD.type) + 2)
+    OR NEW.expires_at IS NULL AND OLD.expires_at IS NULL AND (NEW.data ->> 'expires_at') IS DISTINCT FROM (OLD.data ->> 'expires_at')
     OR (NEW.index_fields ->> 'user_id') IS DISTINCT FROM (OLD.index_fields ->> 'user_id')
     OR (NEW.index_fields ? 'user_id') IS NOT TRUE AND (NEW.data ->> 'user_id') IS DISTINCT FROM (OLD.data ->> 'user_id'))
   EXECUTE FUNCTION pgbroker.audit_update();

@@ -155,13 +155,15 @@ BEGIN
     LOOP
       RETURN NEXT format('GRANT %s ON %s TO %I;', relation.privileges, relation.names, server);
     END LOOP;
-    -- Whether a type is audited is not for a replica to say.
+    -- Whether a type is audited is not for a replica to say: neither so, nor by calling it by another name. Nor is what the
+    -- log does not have any more, from which streams know that they have to start over.
     RETURN NEXT (
-      SELECT format('GRANT INSERT (%1$s), UPDATE (%1$s) ON pgbroker.record_types TO %2$I;',
-                    string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum), server)
+      SELECT format('GRANT INSERT (%s), UPDATE (%s) ON pgbroker.record_types TO %I;',
+                    string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum),
+                    string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) FILTER (WHERE a.attname <> 'type'), server)
       FROM pg_attribute a
       WHERE a.attrelid = 'pgbroker.record_types'::regclass AND a.attnum > 0 AND NOT a.attisdropped
-        AND a.attname NOT IN ('audited', 'builtin', 'record_count'));
+        AND a.attname NOT IN ('audited', 'builtin', 'record_count', 'purged_version'));
     -- To have clients start over, and hear of options; not where the data set was, and is.
     RETURN NEXT format('GRANT UPDATE (server_version, options_version) ON pgbroker.state TO %I;', server);
     -- The next version, and not which one that is.

@@ -614,7 +614,7 @@ CREATE VIEW pgbroker.revocations AS
 COMMENT ON VIEW pgbroker.revocations IS 'Who revoked what, or gave it to another user, when, how and from where: the audit for people.';
 COMMENT ON COLUMN pgbroker.revocations.at IS 'When.';
 COMMENT ON COLUMN pgbroker.revocations.change IS
-  'ended: the record is gone; moved: it belongs to another user; shortened: it expires sooner, or has; emptied: it has lost its payload.';
+  'ended: the record is gone; moved: it belongs to another user; shortened: it expires sooner, or has; emptied: it has lost its payload, or the message of its type in there.';
 COMMENT ON COLUMN pgbroker.revocations.cause IS
   'request: of a gRPC client; sql: a statement; expiry, idle, ttl, limit, capacity, user: an option of the type; clear: everything was deleted; repair: pgbroker check found that it was gone.';
 COMMENT ON COLUMN pgbroker.revocations.what IS 'Type of the record, short.';
@@ -665,8 +665,9 @@ COMMENT ON COLUMN pgbroker.live_services.remaining IS 'How long that is from now
 
 -- As the owner: who may execute these may end sessions, and needs no right to the table.
 
+-- Sessions that a policy hides are not to look as if they were not there: row_security is off, which makes that an error.
 CREATE FUNCTION pgbroker.revoke_session(session_id text) RETURNS boolean
-  LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+  LANGUAGE plpgsql SECURITY DEFINER SET row_security = off SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
   DELETE FROM pgbroker.records r WHERE r.type = 'type.googleapis.com/session.Session' AND r.id = session_id;
   RETURN FOUND;
@@ -675,7 +676,7 @@ $$;
 COMMENT ON FUNCTION pgbroker.revoke_session(text) IS 'Revokes a session; false if there is none with that id.';
 
 CREATE FUNCTION pgbroker.revoke_user_sessions(user_id text) RETURNS bigint
-  LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+  LANGUAGE plpgsql SECURITY DEFINER SET row_security = off SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
   revoked bigint;
 BEGIN
@@ -689,7 +690,7 @@ $$;
 COMMENT ON FUNCTION pgbroker.revoke_user_sessions(text) IS 'Revokes every session of a user and returns how many.';
 
 CREATE FUNCTION pgbroker.revoke_idp_sessions(idp_id text) RETURNS bigint
-  LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+  LANGUAGE plpgsql SECURITY DEFINER SET row_security = off SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
   revoked bigint;
 BEGIN

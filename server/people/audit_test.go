@@ -197,7 +197,7 @@ func TestAuditTellsWhatUpdatesDo(t *testing.T) {
 	d.Exec(t, `UPDATE pgbroker.records SET data = '{"id": "s"}'`)
 	expect("what makes it nobody's", "moved sql session.Session s joe m 1")
 	edit(`jsonb_build_object('user_id', 'jane', 'expires_at', '` + iso(later) + `'::text)`)
-	expect("what makes it somebody's", "moved sql session.Session s jane m 1")
+	expect("what makes it somebody's, for a time", "moved sql session.Session s jane m 1", "shortened sql session.Session s "+iso(later)+" m 1")
 	d.Exec(t, `UPDATE pgbroker.records SET expires_at = '2001-01-01T00:00:00Z'`)
 	expect("its time alone", "shortened sql session.Session s jane 2001-01-01T00:00:00Z m 1")
 	d.Exec(t, `UPDATE pgbroker.records SET payload = NULL, data = NULL`)
@@ -220,6 +220,36 @@ func TestAuditTellsWhatUpdatesDo(t *testing.T) {
 	expect("its end", "sql t 1 mallory m 1")
 	d.Exec(t, `TRUNCATE pgbroker.records`)
 	expect("TRUNCATE", "clear session.Session m 1")
+
+	// A proxy refuses what has expired, also of types of which nothing here ends that, and what is no message of the type.
+	robot := func(data string) {
+		t.Helper()
+		d.Exec(t, `UPDATE pgbroker.records SET data = $1`, data)
+	}
+	d.Exec(t, `INSERT INTO pgbroker.records (type, id, data) VALUES ('type.googleapis.com/user.ServiceAccount', 'r', '{"user_id": "jane"}')`)
+	robot(`{"user_id": "jane", "description": "a robot"}`)
+	expect("a service account")
+	robot(`{"user_id": "jane", "expires_at": "` + iso(later) + `"}`)
+	expect("it does not live for ever any more", "shortened sql user.ServiceAccount r jane "+iso(later)+" m 1")
+	robot(`{"user_id": "jane", "expires_at": "` + iso(later.Add(time.Hour)) + `"}`)
+	expect("it lives for longer")
+	robot(`{"user_id": "jane", "expires_at": "2001-01-01T00:00:00Z"}`)
+	expect("it has expired", "shortened sql user.ServiceAccount r jane 2001-01-01T00:00:00Z m 1")
+	robot(`{"user_id": "jane"}`)
+	robot(`{"@type": "type.googleapis.com/google.protobuf.Struct", "user_id": "jane"}`)
+	expect("another message", "emptied sql user.ServiceAccount r jane m 1")
+	robot(`{"@type": "type.googleapis.com/google.protobuf.Struct", "user_id": "jane", "a": "b"}`)
+	robot(`{"@type": "type.googleapis.com/user.ServiceAccount", "user_id": "jane"}`)
+	expect("it is one again")
+	d.Exec(t, `UPDATE pgbroker.records SET payload = '\x', data = data`)
+	expect("a payload without a byte", "emptied sql user.ServiceAccount r jane m 1")
+	d.Exec(t, `INSERT INTO pgbroker.records (type, id, data) VALUES ($1, 's', '{"id": "s", "user_id": "jane"}')`, sessionType)
+	d.Exec(t, `UPDATE pgbroker.records SET data = data || $2 WHERE type = $1`, sessionType, `{"expires_at": "`+iso(later)+`"}`)
+	expect("a session that does not live for ever any more", "shortened sql session.Session s jane "+iso(later)+" m 1")
+	put(t, b.Replica, &databroker.Record{Type: sessionType, Id: "s", Data: aUser(t, "s", "S").Data})
+	expect("a request with another message", "moved request session.Session s jane pgbroker 1", "emptied request session.Session s jane pgbroker 1")
+	d.Exec(t, `TRUNCATE pgbroker.records; TRUNCATE pgbroker.audit`)
+	entries = 0
 
 	// Another field of expiry is no change of the records, but for those that it ends.
 	set("a", "jane", now.Add(-time.Hour), later)
@@ -351,6 +381,9 @@ func TestAuditCausesAreTheOwnersToGive(t *testing.T) {
 			`DELETE FROM pgbroker.audit`, `DELETE FROM pgbroker.revocations`, `TRUNCATE pgbroker.audit`,
 			`UPDATE pgbroker.record_types SET audited = false`, `SELECT pgbroker.set_audited('session.Session', false)`,
 			`INSERT INTO pgbroker.record_types (type, audited) VALUES ('t', false) ON CONFLICT (type) DO UPDATE SET audited = false`,
+			`UPDATE pgbroker.record_types SET type = 'hidden' WHERE type = '`+sessionType+`'`,
+			`UPDATE pgbroker.record_types SET purged_version = 1e15`,
+			`INSERT INTO pgbroker.record_types (type, purged_version) VALUES ('t', 1)`,
 			`DELETE FROM pgbroker.record_types`, `DELETE FROM pgbroker.changes`, `SELECT setval('pgbroker.audit_number_seq', 1)`,
 			`CREATE TRIGGER t AFTER DELETE ON pgbroker.records FOR EACH ROW EXECUTE FUNCTION pgbroker.audit_update()`)
 	}

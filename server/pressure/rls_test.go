@@ -48,6 +48,30 @@ func TestRowLevelSecurityIsNoticed(t *testing.T) {
 	}
 }
 
+// TestRevokingUnderRowLevelSecurity: what revokes in SQL fails where policies hide sessions from the owner, too, and does not say
+// that there are none.
+func TestRevokingUnderRowLevelSecurity(t *testing.T) {
+	t.Parallel()
+	d := dbtest.New(t)
+	d.Exec(t, `INSERT INTO pgbroker.records (type, id, data)
+		VALUES ('type.googleapis.com/session.Session', 's', '{"user_id": "jane", "idp_id": "okta"}')`)
+	d.Exec(t, "ALTER TABLE pgbroker.records ENABLE ROW LEVEL SECURITY; ALTER TABLE pgbroker.records FORCE ROW LEVEL SECURITY")
+	conn := d.Connect(t)
+	if _, err := conn.Exec(t.Context(), "SET row_security = on"); err != nil {
+		t.Fatal(err)
+	}
+	for _, call := range []string{"revoke_session('s')", "revoke_user_sessions('jane')", "revoke_idp_sessions('okta')"} {
+		if _, err := conn.Exec(t.Context(), "SELECT pgbroker."+call); err == nil || !strings.Contains(err.Error(), "row-level security") {
+			t.Errorf("%s: got %v, want an error that names row-level security", call, err)
+		}
+	}
+	d.Exec(t, "ALTER TABLE pgbroker.records NO FORCE ROW LEVEL SECURITY") // the owner sees all again, and so do its functions
+	var revoked bool
+	if err := conn.QueryRow(t.Context(), "SELECT pgbroker.revoke_session('s')").Scan(&revoked); err != nil || !revoked {
+		t.Errorf("revoked %v, %v", revoked, err)
+	}
+}
+
 // TestMissingRightsAreNamed: each right that a replica needs is missed by name, and what `migrate grants` gives is enough.
 func TestMissingRightsAreNamed(t *testing.T) {
 	t.Parallel()
