@@ -252,7 +252,8 @@ func (l *lookout) ask(ctx context.Context, h *host, first bool) *LineageGetRow {
 // lineage returns how a host stands, and what it says of itself, if it does.
 func (l *lookout) lineage(ctx context.Context, h *host, first bool) (_ standing, _ *LineageGetRow, err error) {
 	defer func() {
-		if err != nil {
+		// A pooler may have given it a session of its own, and somebody who pauses the pooler would wait for that to end.
+		if err != nil || h.source.pooled {
 			h.hangUp()
 		}
 	}()

@@ -116,10 +116,11 @@ func TestFiles(t *testing.T) {
 	}
 }
 
-// withoutBodies removes dollar-quoted text and BEGIN ATOMIC bodies.
+// withoutBodies removes the bodies of functions: dollar-quoted text, BEGIN ATOMIC, and what RETURN returns.
 func withoutBodies(sql string) string {
 	sql = regexp.MustCompile(`(?s)\$(\w*)\$.*?\$\w*\$`).ReplaceAllString(sql, "")
-	return regexp.MustCompile(`(?s)BEGIN ATOMIC.*?END;`).ReplaceAllString(sql, "")
+	sql = regexp.MustCompile(`(?s)BEGIN ATOMIC.*?END;`).ReplaceAllString(sql, "")
+	return regexp.MustCompile(`(?s)\n *RETURN .*?;`).ReplaceAllString(sql, "")
 }
 
 // Up, all the way down, and up again; down leaves nothing.

@@ -25,7 +25,7 @@ func query[T any](t *testing.T, connString, sql string) (v T) {
 func TestServer(t *testing.T) {
 	t.Parallel()
 	p := dbtest.Server(t, map[string]string{"work_mem": "5MB"})
-	p.Exec("CREATE TABLE kept AS SELECT 42 AS answer")
+	p.Exec("CREATE TABLE kept AS SELECT 42 AS answer; GRANT SELECT ON kept TO PUBLIC")
 
 	p.Kill()
 	if conn, err := pgx.Connect(context.Background(), p.ConnString()); err == nil {
@@ -38,7 +38,7 @@ func TestServer(t *testing.T) {
 	}
 	p.Stop()
 	p.Restart()
-	if got := query[int](t, p.SocketConnString(), "SELECT answer FROM kept"); got != 42 {
+	if got := query[int](t, p.ConnString(), "SELECT answer FROM kept"); got != 42 {
 		t.Errorf("after stop and restart: got %d, want 42", got)
 	}
 	if got := query[string](t, p.ConnString(), "SHOW work_mem"); got != "5MB" {
