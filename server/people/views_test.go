@@ -239,7 +239,7 @@ func TestLookUpsReadWhatTheyShow(t *testing.T) {
 	d.Exec(t, `INSERT INTO pgbroker.records (type, id, payload, data)
 		SELECT 'pomerium.io/DirectoryGroup', 'g' || i, '', jsonb_build_object('name', 'G' || i) FROM generate_series(1, 1000) AS i`)
 	d.Exec(t, `ANALYZE pgbroker.records`)
-	byUser := `"left"((index_fields ->> 'user_id'::text), 600))::text = `
+	byUser := `'hex'::text)) END)::text = ` // the user, or what stands for one that is too long for an index
 	// What reads all records of a type.
 	everything := regexp.MustCompile(`Seq Scan on records|Index Cond: \(type = '[^']*'::text\)\n`)
 	for _, test := range []struct{ statement, has string }{
