@@ -30,11 +30,12 @@ const (
 	// of those that have passed ($3), it fails, and so does all that comes after it. The text of the error
 	// is for the log of PostgreSQL; it is computed, because a constant would be converted when planning.
 	//
-	// Settings that are as they should be are left alone, and transaction_timeout where nobody knows it: before 17.
+	// Settings that are as they should be are left alone, and newer ones where nobody knows them.
 	poolerSettings = `SELECT CASE WHEN ` + serverStart + ` OPERATOR(pg_catalog.=) ANY ($3::bigint[]) THEN true
 		ELSE pg_catalog.concat('not yet: pgbroker first checks the server that started at ', pg_catalog.pg_postmaster_start_time())::boolean END,
 	(SELECT pg_catalog.count(pg_catalog.set_config(name, value, true)) FROM ROWS FROM (pg_catalog.unnest($1::text[]), pg_catalog.unnest($2::text[])) AS setting (name, value)
-	 WHERE pg_catalog.current_setting(name, true) IS NULL AND name OPERATOR(pg_catalog.<>) 'transaction_timeout'
+	 WHERE pg_catalog.current_setting(name, true) IS NULL
+	   AND name OPERATOR(pg_catalog.<>) ALL ('{transaction_timeout,restrict_nonsystem_relation_kind}'::text[])
 	   OR pg_catalog.current_setting(name, true) OPERATOR(pg_catalog.<>) value)`
 
 	// serverStart tells servers apart that a pooler may lead to. Whoever may connect may ask for it.

@@ -82,6 +82,12 @@ var settings = []Setting{
 	{"idle_session_timeout", "0", Limit},
 }
 
+// newer are those that not all servers know, so that they cannot be sent when a connection opens.
+var newer = []Setting{
+	{"transaction_timeout", "0", Limit},               // every statement has its own
+	{"restrict_nonsystem_relation_kind", "", Meaning}, // some statements are about views
+}
+
 // Settings returns the settings of sessions that are opened with a configuration, those of a kind together. They are sent when
 // a connection opens, except to poolers, which refuse most of them, or carry them to the sessions of others: there each transaction
 // brings them along (see pooler.go).
@@ -147,8 +153,11 @@ func settle(ctx context.Context, conn *pgconn.PgConn, pooled bool) error {
 		}
 	}
 	sql := "SELECT current_setting('session_replication_role')"
-	if majorVersion(conn) >= 17 && !pooled {
-		sql = "SET transaction_timeout = 0; " + sql // older servers do not know it; every statement has its own limit
+	if !pooled {
+		for _, s := range newer {
+			sql = "SELECT pg_catalog.set_config('" + s.Name + "', '" + s.Value + "', false)" +
+				" WHERE pg_catalog.current_setting('" + s.Name + "', true) OPERATOR(pg_catalog.<>) '" + s.Value + "'; " + sql
+		}
 	}
 	results, err := conn.Exec(ctx, sql).ReadAll()
 	if err != nil {
@@ -162,15 +171,4 @@ func settle(ctx context.Context, conn *pgconn.PgConn, pooled bool) error {
 		}
 	}
 	return nil
-}
-
-// majorVersion returns the major version of a server, 0 if it does not tell.
-func majorVersion(conn *pgconn.PgConn) int {
-	version := conn.ParameterStatus("server_version") // "15.18", "18beta1", "15.18 (Debian 15.18-1)"
-	digits := version[:len(version)-len(strings.TrimLeft(version, "0123456789"))]
-	major, err := strconv.Atoi(digits)
-	if err != nil {
-		return 0
-	}
-	return major
 }

@@ -213,7 +213,9 @@ func keepFromSession(cfg *pgx.ConnConfig, mode pgx.QueryExecMode, text string) (
 		return nil, err
 	}
 	delete(cfg.RuntimeParams, "options")
-	local = append(local, sessionSetting{"transaction_timeout", "0"}) // every statement has its own limit
+	for _, s := range newer {
+		local = append(local, sessionSetting{s.Name, s.Value})
+	}
 	for _, name := range slices.Sorted(maps.Keys(cfg.RuntimeParams)) {
 		if name == "application_name" {
 			continue
