@@ -152,7 +152,7 @@ func settle(ctx context.Context, conn *pgconn.PgConn, pooled bool) error {
 			Remedy:  "make another database with: createdb --template template0 --encoding UTF8 NAME",
 		}
 	}
-	sql := "SELECT current_setting('session_replication_role')"
+	sql := "SELECT current_setting('session_replication_role'), current_setting('restrict_nonsystem_relation_kind', true)"
 	if !pooled {
 		for _, s := range newer {
 			sql = "SELECT pg_catalog.set_config('" + s.Name + "', '" + s.Value + "', false)" +
@@ -168,6 +168,13 @@ func settle(ctx context.Context, conn *pgconn.PgConn, pooled bool) error {
 		return &UnfitError{
 			Problem: "session_replication_role is replica: no trigger would fire, so that no change would have a version",
 			Remedy:  "ALTER ROLE … RESET session_replication_role, or ALTER DATABASE … RESET session_replication_role",
+		}
+	}
+	// Behind a pooler, where statements are prepared before a transaction brings its settings.
+	if kinds := string(rows[0][1]); strings.Contains(kinds, "view") {
+		return &UnfitError{
+			Problem: "restrict_nonsystem_relation_kind is " + kinds + ": statements about views would fail",
+			Remedy:  "ALTER ROLE … RESET restrict_nonsystem_relation_kind, or ALTER DATABASE … RESET restrict_nonsystem_relation_kind",
 		}
 	}
 	return nil

@@ -129,6 +129,27 @@ func TestSessionsWithoutTriggersAreRefused(t *testing.T) {
 	}
 }
 
+// A session that may use no views is refused behind a pooler, where that cannot be changed in time.
+func TestSessionsWithoutViewsAreRefused(t *testing.T) {
+	t.Parallel()
+	p := dbtest.NewEmpty(t)
+	const name = "restrict_nonsystem_relation_kind"
+	var known bool
+	if err := p.Connect(t).QueryRow(t.Context(), "SELECT current_setting($1, true) IS NOT NULL", name).Scan(&known); err != nil {
+		t.Fatal(err)
+	}
+	if !known {
+		t.Skip("the server does not know " + name)
+	}
+	p.AdminExec(t, fmt.Sprintf("ALTER DATABASE %s SET %s = 'foreign-table, view'", pgx.Identifier{p.Config(t).Database}.Sanitize(), name))
+	d, _ := open(t, db.Config{ConnString: p.ConnString, Pooler: true})
+	_, err := d.Exec(t.Context(), "SELECT 1")
+	var unfit *db.UnfitError
+	if !errors.As(err, &unfit) || db.IsUnavailable(err) || !strings.Contains(unfit.Error(), "RESET "+name) {
+		t.Errorf("got %v", err)
+	}
+}
+
 // A database in another encoding is refused by every kind of connection, before anything is changed in it.
 func TestEncoding(t *testing.T) {
 	t.Parallel()
