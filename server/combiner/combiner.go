@@ -2,13 +2,16 @@
 // round trip, one statement and one commit ("group commit").
 //
 // A few batches run at a time, or only one. While they run, new requests gather; the next batch takes them
-// all, within bounds. A request that comes alone runs at once: nobody waits for company. There is no background
-// goroutine: the caller whose request opens a batch runs it, on its own goroutine, for everyone in it.
+// all, within bounds. A request that comes alone runs at once: nobody waits for company. The caller whose request opens a
+// batch has it run, for everyone in it, and waits no longer than its own context: one that has waited for the batch before
+// does not wait as long again for its own.
 package combiner
 
 import (
 	"context"
 	"errors"
+	"fmt"
+	"runtime/debug"
 	"slices"
 	"sync"
 )
@@ -129,7 +132,16 @@ func (c *Combiner[Req, Res]) Submit(ctx context.Context, request Req) (Res, erro
 		lead = own.lead
 	}
 	if lead {
-		c.runBatch(ctx, own)
+		ran := make(chan string, 1)
+		go func() { ran <- c.runBatch(ctx, own) }()
+		select {
+		case panicked := <-ran:
+			if panicked != "" {
+				panic(panicked)
+			}
+		case <-ctx.Done():
+			return none, ctx.Err()
+		}
 	}
 	return own.result.Value, own.result.Err
 }
@@ -153,11 +165,16 @@ func (c *Combiner[Req, Res]) mustLead(own *call[Req, Res]) bool {
 	return false
 }
 
-// runBatch takes a batch, which starts with the call of the goroutine that runs it, delivers its results
-// and hands on to the first of those who came meanwhile.
-func (c *Combiner[Req, Res]) runBatch(ctx context.Context, own *call[Req, Res]) {
+// runBatch takes a batch, which starts with the call of the caller who has it run, delivers its results
+// and hands on to the first of those who came meanwhile. It returns the value and the stack of a panic.
+func (c *Combiner[Req, Res]) runBatch(ctx context.Context, own *call[Req, Res]) (panicked string) {
 	batch := c.take(own)
 	defer c.handOn()
+	defer func() {
+		if value := recover(); value != nil {
+			panicked = fmt.Sprintf("%v\n\n%s", value, debug.Stack())
+		}
+	}()
 
 	requests := make([]Req, len(batch))
 	for i, call := range batch {
@@ -173,9 +190,10 @@ func (c *Combiner[Req, Res]) runBatch(ctx context.Context, own *call[Req, Res]) 
 	for i, result := range c.run(context.WithoutCancel(ctx), requests) {
 		batch[i].result = result
 	}
+	return ""
 }
 
-// take removes a batch from the queue: the call of the caller who runs it and, in their order, those that are as heavy.
+// take removes a batch from the queue: the call of the caller who has it run and, in their order, those that are as heavy.
 func (c *Combiner[Req, Res]) take(own *call[Req, Res]) []*call[Req, Res] {
 	c.mu.Lock()
 	defer c.mu.Unlock()

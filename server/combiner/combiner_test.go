@@ -3,8 +3,10 @@ package combiner_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -229,12 +231,22 @@ func TestABatchOutlivesItsCallers(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := submit(ctx, c, 1)
 	<-g.batches
+	second := submit(t.Context(), c, 2)
+	awaitWaiting(c, 1)
 	cancel()
+	if got := <-done; !errors.Is(got.Err, context.Canceled) {
+		t.Fatalf("who had the batch run and lost patience got %+v", got)
+	}
 	g.proceed <- struct{}{}
 	if err := <-ran; err != nil {
 		t.Fatalf("the batch's context ended with its caller's: %v", err)
 	}
-	if got := <-done; got != (result{Value: 2}) {
+	if got := <-g.batches; !slices.Equal(got, []int{2}) {
+		t.Fatalf("batch %v, want who came meanwhile", got)
+	}
+	g.proceed <- struct{}{}
+	<-ran
+	if got := <-second; got != (result{Value: 4}) {
 		t.Fatalf("result %+v", got)
 	}
 }
@@ -262,8 +274,8 @@ func TestAPanicLeavesNobodyWaiting(t *testing.T) {
 	<-first
 	<-g.batches
 	g.proceed <- struct{}{}
-	if got := <-panicked; got != "unlucky" {
-		t.Fatalf("the caller that ran the batch saw %v", got)
+	if got := fmt.Sprint(<-panicked); !strings.HasPrefix(got, "unlucky\n") || !strings.Contains(got, "combiner_test.go") {
+		t.Fatalf("the caller that had the batch run saw %v, want the panic and where it was", got)
 	}
 	if got := <-companion; got.Err == nil {
 		t.Fatalf("its companion got %+v, want an error", got)
@@ -317,9 +329,9 @@ func TestEveryRequestRunsOnce(t *testing.T) {
 			})
 		}
 		callers.Wait()
-		if c.Waiting() != 0 {
-			t.Fatalf("%d requests wait for ever", c.Waiting())
-		}
+		awaitWaiting(c, 0) // batches whose callers have gone
+		mu.Lock()
+		defer mu.Unlock()
 		for i, answer := range answers {
 			switch {
 			case runs[i] > 1, answer.Err == nil && (runs[i] != 1 || answer.Value != 2*i), answer.Err != nil && !impatient[i]:

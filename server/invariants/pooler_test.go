@@ -155,8 +155,16 @@ func TestPausedPoolerIsUnavailable(t *testing.T) {
 					return err
 				},
 			}
-			for i := range 30 { // more than there are connections
-				go func() { failed <- calls[i%len(calls)]() }()
+			for i := range 30 { // more than there are connections, and more than one batch of writes
+				go func() {
+					time.Sleep(time.Duration(i) * 100 * time.Millisecond)
+					start := time.Now()
+					err := calls[i%len(calls)]()
+					if took := time.Since(start); took > 10*time.Second {
+						err = fmt.Errorf("it took %v, so that Pomerium has given up: %v", took, err) //nolint:errorlint // it is not Unavailable
+					}
+					failed <- err
+				}()
 			}
 			for range 30 {
 				if err := <-failed; status.Code(err) != codes.Unavailable {

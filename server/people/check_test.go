@@ -159,6 +159,18 @@ func TestCheckFindsAndRepairs(t *testing.T) {
 	}
 }
 
+// TestCheckComputesNoTextThatIsThere: a text takes a hundred times as long to compute as to look for.
+func TestCheckComputesNoTextThatIsThere(t *testing.T) {
+	t.Parallel()
+	b := servertest.New(t, servertest.Options{Configure: quiet})
+	put(t, b.Replica, record(t, "", "u1", &user.User{Id: "u1", Name: "One"}), record(t, "", "u2", &user.User{Id: "u2", Name: "Two"}))
+	b.Database.Exec(t, `CREATE OR REPLACE FUNCTION pgbroker.search_text_of(payload bytea, data jsonb) RETURNS text
+		LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$BEGIN RAISE 'computed'; END$$`)
+	if found := problems(t, b); len(found) > 0 {
+		t.Errorf("a sound database has problems: %q", found)
+	}
+}
+
 // TestCheckFindsWhatItCannotRepair: some things only a person can put right. They are named.
 func TestCheckFindsWhatItCannotRepair(t *testing.T) {
 	t.Parallel()
