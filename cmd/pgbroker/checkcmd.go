@@ -33,7 +33,7 @@ type problem struct {
 func (a *app) checkCommand() *cobra.Command {
 	var quick, repair bool
 	cmd := addDatabaseFlags(&cobra.Command{
-		Use: "check", Short: "Check that the books agree, and repair them", Args: cobra.NoArgs,
+		Use: "check", Short: "Check that the books agree, and repair them", Args: noArgs,
 		Long: `Check that records, change log, counts, index, search texts, epochs, options and triggers agree, and say where they do not.
 Everything is read once, while the replicas serve; --quick leaves the records out, as 'pgbroker serve' does at its start.
 

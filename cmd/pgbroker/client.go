@@ -169,7 +169,8 @@ func (e *serverError) Unwrap() error { return e.err }
 // explain turns a status into what a person needs to know. Other errors pass.
 func (c *client) explain(err error) error {
 	st, ok := status.FromError(err)
-	if !ok || st.Code() == codes.OK {
+	var explained *serverError
+	if !ok || st.Code() == codes.OK || errors.As(err, &explained) {
 		return err
 	}
 	message := st.Message()

@@ -478,7 +478,14 @@ func TestBadInput(t *testing.T) {
 		{[]string{"migrate", "down"}, "accepts 1 arg(s), received 0"},
 		{[]string{"migrate", "down", "0"}, `"0": want a number from 1`},
 		{[]string{"migrate", "force", "x"}, `"x": want a number from 0`},
-		{[]string{"serve", "extra"}, `unknown command "extra"`},
+		{[]string{"serve", "extra"}, `pgbroker serve takes no argument, but there is "extra"`},
+		{[]string{"record", "get", "-t", "x", "y"}, `pgbroker record get takes no argument, but there is "y" (an id is given as --id)`},
+		{[]string{"record", "list", "-t", "x"}, `unknown command "list" for "pgbroker record"`},
+		{[]string{"lease", "list", "--output", "json"}, `unknown command "list" for "pgbroker lease"`},
+		{[]string{"sessions", "list", "--limit", "x"}, `invalid argument "x" for "--limit" flag: want a whole number` + "\n"},
+		{[]string{"sessions", "list", "--expired=maybe"}, `invalid argument "maybe" for "--expired" flag: want true or false` + "\n"},
+		{[]string{"types", "set", "-t", "x", "--user-limit", "3000000000"}, `"3000000000" for "--user-limit" flag: the number is too large or too small`},
+		{[]string{"watch", "--since", "-2"}, `"-2" for "--since" flag: want a whole number, not below 0`},
 		{[]string{"serve", "--database-url", "postgres://h/d"}, "no shared secret: set shared_secret_file"},
 		{[]string{"types", "--adress", "x:1"}, "unknown flag --adress (did you mean --address?)"},
 		{[]string{"serve", "--shared_secret_fil", "x"}, "unknown flag --shared_secret_fil (did you mean --shared-secret-file?)"},
@@ -493,6 +500,49 @@ func TestBadInput(t *testing.T) {
 		if r.code != exitUsage || !strings.Contains(r.stderr, c.want) || !strings.HasPrefix(r.stderr, "pgbroker: ") || r.stdout != "" {
 			t.Errorf("%q: got exit code %d, %q and output %q; want %d and %q", c.args, r.code, r.stderr, r.stdout, exitUsage, c.want)
 		}
+	}
+}
+
+// TestNoDatabase: whatever works on a database says in one line that there is none, with the same exit code.
+func TestNoDatabase(t *testing.T) {
+	t.Parallel()
+	users := write(t, "u.csv", "id,email\nx,y\n")
+	for _, args := range [][]string{
+		{"types", "show"},
+		{"types", "set", "-t", "x", "--idle-timeout", "8h"},
+		{"check"},
+		{"schema", "list"},
+		{"migrate", "plan"},
+		{"migrate", "version"},
+		{"directory", "load", users, "--kind", "users"},
+	} {
+		r := try(t, nil, append(args, "--database-url", "host=127.0.0.1 port=1 user=u dbname=d")...)
+		if r.code != exitUnreachable || !strings.Contains(r.stderr, "connection refused") || strings.Count(r.stderr, "\n") != 1 || strings.Contains(r.stderr, `\x09`) {
+			t.Errorf("%q: got exit code %d and %q", args, r.code, r.stderr)
+		}
+	}
+	for _, args := range [][]string{{"types", "show"}, {"check"}, {"psql"}} {
+		r := try(t, nil, append(args, "--data-dir", t.TempDir())...)
+		if r.code != exitUnreachable || !strings.Contains(r.stderr, "no embedded postgres is running") || !strings.Contains(r.stderr, "--ephemeral") {
+			t.Errorf("%q: got exit code %d and %q", args, r.code, r.stderr)
+		}
+	}
+}
+
+// TestAnInterruptedStatementIsCancelled: a command that is interrupted leaves nothing behind that the database works on.
+func TestAnInterruptedStatementIsCancelled(t *testing.T) {
+	t.Parallel()
+	conn := dbtest.New(t).Connect(t)
+	ctx, interrupt := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer interrupt()
+	if _, err := conn.Exec(ctx, "SELECT pg_sleep(600)"); err == nil {
+		t.Fatal("the statement has ended")
+	}
+	endConn(ctx, conn)
+	select {
+	case <-conn.PgConn().CleanupDone():
+	default:
+		t.Error("the statement is still being cancelled")
 	}
 }
 

@@ -24,7 +24,7 @@ type settingValue struct {
 
 func (a *app) configPrintCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "print", Short: "Show every setting, its value and where it came from", Args: cobra.NoArgs,
+		Use: "print", Short: "Show every setting, its value and where it came from", Args: noArgs,
 		Long: `Show every setting, its value and where it came from: a flag, an environment variable, a file, or the default. Secrets are
 masked. It takes the flags of all commands, so that the effect of a command line can be tried out.`,
 		RunE: a.action(func(_ *cobra.Command, cfg *configuration) error {
@@ -69,7 +69,7 @@ func (a *app) warn(cfg *configuration) {
 
 func (a *app) configValidateCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "validate", Short: "Check the configuration of serve without starting it", Args: cobra.NoArgs,
+		Use: "validate", Short: "Check the configuration of serve without starting it", Args: noArgs,
 		Long: fmt.Sprintf(`Check the configuration of serve without starting it and without a database: values, files, secrets, certificates and
 connection strings. The exit code is 0 when it is good and %d when it is not; every problem is shown.`, exitUsage),
 		RunE: a.action(func(_ *cobra.Command, cfg *configuration) error {

@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
+	"time"
 
 	"github.com/jackc/pgerrcode"
 	"github.com/jackc/pgx/v5"
@@ -23,7 +26,7 @@ func (a *app) withDatabase(do func(ctx context.Context, cmd *cobra.Command, conn
 		if err != nil {
 			return explainDatabase(err)
 		}
-		defer conn.Close(context.WithoutCancel(cmd.Context()))
+		defer endConn(cmd.Context(), conn)
 		return explainDatabase(do(cmd.Context(), cmd, conn))
 	})
 }
@@ -37,8 +40,8 @@ func (c *configuration) connectDatabase(ctx context.Context) (*pgx.Conn, error) 
 		if err != nil {
 			return nil, err
 		}
-		if settings.ConnString, err = embedded.Running(dir); err != nil {
-			return nil, fmt.Errorf("%w: give --database-url, or start one with `pgbroker serve`", err)
+		if settings.ConnString, err = runningIn(dir); err != nil {
+			return nil, err
 		}
 	} else if err := c.checkConnStrings(); err != nil {
 		return nil, err
@@ -59,17 +62,56 @@ func (c *configuration) connectDatabase(ctx context.Context) (*pgx.Conn, error) 
 	return conn, nil
 }
 
+// endConn closes a connection. When a command is interrupted, the statement under way is cancelled beside it, and that is waited
+// for: a program that has ended cancels nothing, and the database would work on for nobody.
+func endConn(ctx context.Context, conn *pgx.Conn) {
+	_ = conn.Close(context.WithoutCancel(ctx)) // it is of no use any more
+	select {
+	case <-conn.PgConn().CleanupDone():
+	case <-time.After(2 * time.Second):
+	}
+}
+
+// runningIn is where the database of a server in embedded mode is, which runs with its data in dir.
+func runningIn(dir string) (string, error) {
+	connString, err := embedded.Running(dir)
+	if errors.Is(err, embedded.ErrNotRunning) {
+		return "", &exitError{exitUnreachable, fmt.Errorf("%w: start one with `pgbroker serve`, or give --database-url. "+
+			"A server with --ephemeral has its database elsewhere: --database-url 'host=DIRECTORY user=pgbroker dbname=pgbroker', with what it shows after psql -h", err)}
+	}
+	return connString, err
+}
+
+// plainConnectError says in one line what has become of each host, once.
+func plainConnectError(err *pgconn.ConnectError) error {
+	var parts []string
+	for line := range strings.Lines(err.Error()) {
+		if line = strings.TrimSpace(line); !slices.Contains(parts, line) {
+			parts = append(parts, line)
+		}
+	}
+	if len(parts) < 2 {
+		return err
+	}
+	return fmt.Errorf("%s %s", parts[0], strings.Join(parts[1:], "; "))
+}
+
 // explainDatabase turns an error of the database into what a person needs to know, with an exit code.
 func explainDatabase(err error) error {
 	var (
-		exit  *exitError
-		pgErr *pgconn.PgError
+		exit       *exitError
+		connectErr *pgconn.ConnectError
+		pgErr      *pgconn.PgError
 	)
 	switch {
 	case err == nil, errors.As(err, &exit):
 		return err
 	case db.PoolerHint(err) != "":
 		return &exitError{exitFailure, fmt.Errorf("%w (%s)", err, db.PoolerHint(err))}
+	case errors.Is(err, context.Canceled):
+		return err
+	case errors.As(err, &connectErr):
+		return &exitError{exitUnreachable, plainConnectError(connectErr)}
 	case db.IsUnavailable(err):
 		return &exitError{exitUnreachable, err}
 	case errors.As(err, &pgErr):

@@ -88,10 +88,15 @@ func (r *loadResult) stored() int64 { return r.Deleted + r.Updated + r.Unchanged
 // otherwise be taken for a directory that everybody has left.
 func (l *directoryLoad) refuse(planned *loadResult) error {
 	deleted, stored := planned.Deleted, planned.stored()
-	if l.dryRun || deleted == 0 || l.allowDeletes == 100 || deleted*100 <= stored*int64(l.allowDeletes) {
+	if deleted == 0 || l.allowDeletes == 100 || deleted*100 <= stored*int64(l.allowDeletes) {
 		return nil
 	}
 	needed := (deleted*100 + stored - 1) / stored
+	if l.dryRun {
+		l.say("%s: this would be refused: it deletes %d of %d %s (%d %%), and no more than %d %% are allowed. If that is meant, give --allow-deletes %d%%",
+			l.path, deleted, stored, l.kind, needed, int(l.allowDeletes), needed)
+		return nil
+	}
 	return usagef("%s: would delete %d of %d %s (%d %%), and no more than %d %% are allowed: nothing was written. If that is meant, give --allow-deletes %d%%",
 		l.path, deleted, stored, l.kind, needed, int(l.allowDeletes), needed)
 }
@@ -118,13 +123,13 @@ which others have to wait: some 4 s for 200,000 new users.`,
 		Example: `  pgbroker directory load users.csv --kind users --dry-run
   pgbroker directory load groups.json --kind groups
   pgbroker directory load people.csv --kind users --id-field uid
-  export-directory | pgbroker directory load - --kind users \\
+  export-directory | pgbroker directory load - --kind users \
     --format jsonl --database-url postgres://...`,
 		Args: oneArg(&load.path),
 		RunE: a.action(func(cmd *cobra.Command, cfg *configuration) error {
 			entries, err := load.read(cmd.Context())
 			if err != nil {
-				return err
+				return untouched(cmd.Context(), err, "nothing was written")
 			}
 			var result loadResult
 			if cfg.Embedded() {
@@ -133,7 +138,7 @@ which others have to wait: some 4 s for 200,000 new users.`,
 				result, err = load.intoDatabase(cmd.Context(), cfg, entries)
 			}
 			if err != nil {
-				return err
+				return untouched(cmd.Context(), err, "nothing was written")
 			}
 			if load.dryRun {
 				load.say("nothing was written: this is what would be done")
@@ -195,7 +200,7 @@ func (l *directoryLoad) intoDatabase(ctx context.Context, cfg *configuration, en
 	if err != nil {
 		return result, explainDatabase(err)
 	}
-	defer conn.Close(context.WithoutCancel(ctx))
+	defer endConn(ctx, conn)
 	queries := db.New(conn)
 	if err := queries.RecordsStage(ctx); err != nil {
 		return result, explainDatabase(err)

@@ -100,6 +100,9 @@ func TestDirectoryLoadOfABadFile(t *testing.T) {
 	b := servertest.New(t, servertest.Options{})
 	for _, test := range []struct{ name, content, want string }{
 		{"u.csv", "", "u.csv: is empty"},
+		{"u.csv", "\n,,\n", "u.csv:2: is empty; the first line has the names of the fields"},
+		{"u.csv", "id,name\nx,\"y\nz,w\n", "u.csv:2: the row that begins here is wrong in line 3"},
+		{"u.csv", "PK\x03\x04\x14\x00", "u.csv: is no text, but a workbook of a spreadsheet or an archive"},
 		{"u.csv", "name\nx\n", "u.csv:1: there is no column id, but name: name the one that has ids with --id-field"},
 		{"u.csv", "id,id\nx,y\n", `u.csv:1: column 2 has the name "id": want names, each once`},
 		{"u.csv", "id,name\nx,y\nz\n", "u.csv:3: wrong number of fields: 1, and the first line has 2"},
@@ -325,10 +328,14 @@ func TestDirectoryLoadRefusesToDeleteMuch(t *testing.T) {
 			usersUpTo(10, 12): `"inserted":2,"updated":0,"deleted":10,"unchanged":0}`,
 		} {
 			r := try(t, env, "directory", "load", "--kind", "users", args, "--dry-run", "-o", "json")
-			if r.code != exitOK || !strings.Contains(r.stdout, want) || !strings.Contains(r.stderr, "nothing was written") {
+			if r.code != exitOK || !strings.Contains(r.stdout, want) || !strings.Contains(r.stderr, "nothing was written") ||
+				!strings.Contains(r.stderr, "this would be refused: it deletes") {
 				t.Errorf("%s: dry run: %+v, want %s", name, r, want)
 			}
 			stored(10)
+		}
+		if r := try(t, env, "directory", "load", "--kind", "users", usersUpTo(0, 7), "--dry-run", "--allow-deletes", "30%"); strings.Contains(r.stderr, "refused") {
+			t.Errorf("%s: dry run of what is allowed: %+v", name, r)
 		}
 		mustTry(t, env, "directory", "load", "--kind", "users", usersUpTo(0, 8))
 		stored(8)

@@ -52,6 +52,11 @@ func (l *directoryLoad) read(ctx context.Context) ([]*directoryEntry, error) {
 	if err != nil {
 		return nil, err
 	}
+	for _, magic := range []string{"PK\x03\x04", "\xd0\xcf\x11\xe0"} {
+		if bytes.HasPrefix(content, []byte(magic)) {
+			return nil, usagef("%s: is no text, but a workbook of a spreadsheet or an archive: save it as CSV UTF-8", l.path)
+		}
+	}
 	if content, err = l.toUTF8(content); err != nil {
 		return nil, err
 	}
@@ -176,6 +181,9 @@ func (l *directoryLoad) readCSV(content []byte) ([]*directoryEntry, error) {
 	reader.FieldsPerRecord = -1 // checked here, where rows that are empty do not count
 	wrongCSV := func(err error) error {
 		var parse *csv.ParseError
+		if errors.As(err, &parse) && parse.StartLine < parse.Line {
+			return l.wrong(skipped+parse.StartLine, "the row that begins here is wrong in line %d: %v (is a quotation mark not closed?)", skipped+parse.Line, parse.Err)
+		}
 		if errors.As(err, &parse) {
 			return l.wrong(skipped+parse.Line, "%v", parse.Err)
 		}
@@ -195,6 +203,9 @@ func (l *directoryLoad) readCSV(content []byte) ([]*directoryEntry, error) {
 	}
 	for len(header) > 0 && header[len(header)-1] == "" { // a sheet has more columns than are used
 		header = header[:len(header)-1]
+	}
+	if len(header) == 0 {
+		return nil, l.wrong(line, "is empty; the first line has the names of the fields")
 	}
 	for i, name := range header {
 		if name == "" || slices.Contains(header[:i], name) {

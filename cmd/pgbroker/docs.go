@@ -25,7 +25,7 @@ import (
 func (a *app) configDocsCommand() *cobra.Command {
 	var path string
 	cmd := &cobra.Command{
-		Use: "docs", Short: "Print the reference of settings and metrics as Markdown", Args: cobra.NoArgs, Hidden: true,
+		Use: "docs", Short: "Print the reference of settings and metrics as Markdown", Args: noArgs, Hidden: true,
 		RunE: func(*cobra.Command, []string) error {
 			a.started = true
 			text, err := reference()

@@ -23,7 +23,7 @@ import (
 
 func (a *app) infoCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "info", Short: "Show the versions of the server's data", Args: cobra.NoArgs,
+		Use: "info", Short: "Show the versions of the server's data", Args: noArgs,
 		Long: `Show the server version, which names the data set, and the earliest and latest record version, between which a client can
 resume (see 'pgbroker watch --since'); whether anything can be written, and so revoked, and if not why; and how far the
 database is behind, if it is a standby.`,
@@ -92,7 +92,7 @@ func (a *app) checkpointCommand() *cobra.Command {
 
 func (a *app) checkpointGetCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "get", Short: "Show the checkpoint", Args: cobra.NoArgs,
+		Use: "get", Short: "Show the checkpoint", Args: noArgs,
 		RunE: a.call(func(ctx context.Context, _ *cobra.Command, c *client) error {
 			response, err := c.checkpoint.GetCheckpoint(ctx, new(databroker.GetCheckpointRequest))
 			if err != nil {
@@ -114,7 +114,7 @@ func (a *app) checkpointGetCommand() *cobra.Command {
 func (a *app) checkpointSetCommand() *cobra.Command {
 	var checkpoint databroker.Checkpoint
 	cmd := &cobra.Command{
-		Use: "set --server-version N --record-version N", Short: "Set the checkpoint", Args: cobra.NoArgs,
+		Use: "set --server-version N --record-version N", Short: "Set the checkpoint", Args: noArgs,
 		RunE: a.call(func(ctx context.Context, _ *cobra.Command, c *client) error {
 			_, err := c.checkpoint.SetCheckpoint(ctx, &databroker.SetCheckpointRequest{Checkpoint: &checkpoint})
 			return err
@@ -135,7 +135,7 @@ func (a *app) healthCommand() *cobra.Command {
 		wait time.Duration
 	)
 	cmd := &cobra.Command{
-		Use: "health", Short: "Ask the server whether it can serve", Args: cobra.NoArgs,
+		Use: "health", Short: "Ask the server whether it can serve", Args: noArgs,
 		Long: fmt.Sprintf(`Ask the server whether it can serve. The exit code is 0 when it can and %d when it cannot, or cannot be reached; no shared secret
 is needed. --wait asks again and again until it can or the time is over.
 
@@ -233,7 +233,7 @@ type versionInfo struct {
 
 func (a *app) versionCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "version", Short: "Show the version of this program", Args: cobra.NoArgs,
+		Use: "version", Short: "Show the version of this program", Args: noArgs,
 		RunE: func(*cobra.Command, []string) error {
 			a.started = true
 			v := versionInfo{Version: version(), Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH}

@@ -56,7 +56,7 @@ func (l *lease) addFlags(cmd *cobra.Command, withID, withDuration bool) {
 func (a *app) leaseAcquireCommand() *cobra.Command {
 	var l lease
 	cmd := &cobra.Command{
-		Use: "acquire --name NAME", Short: "Take a lease and print its id", Args: cobra.NoArgs,
+		Use: "acquire --name NAME", Short: "Take a lease and print its id", Args: noArgs,
 		RunE: a.call(func(ctx context.Context, _ *cobra.Command, c *client) error {
 			if err := l.checkDuration(); err != nil {
 				return err
@@ -80,7 +80,7 @@ func (a *app) leaseAcquireCommand() *cobra.Command {
 func (a *app) leaseRenewCommand() *cobra.Command {
 	var l lease
 	cmd := &cobra.Command{
-		Use: "renew --name NAME --id ID", Short: "Keep a lease for longer", Args: cobra.NoArgs,
+		Use: "renew --name NAME --id ID", Short: "Keep a lease for longer", Args: noArgs,
 		RunE: a.call(func(ctx context.Context, _ *cobra.Command, c *client) error {
 			if err := l.checkDuration(); err != nil {
 				return err
@@ -99,7 +99,7 @@ func (a *app) leaseRenewCommand() *cobra.Command {
 func (a *app) leaseReleaseCommand() *cobra.Command {
 	var l lease
 	cmd := &cobra.Command{
-		Use: "release --name NAME --id ID", Short: "Give a lease back", Args: cobra.NoArgs,
+		Use: "release --name NAME --id ID", Short: "Give a lease back", Args: noArgs,
 		RunE: a.call(func(ctx context.Context, _ *cobra.Command, c *client) error {
 			if err := l.check(); err != nil {
 				return err

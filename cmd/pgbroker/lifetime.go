@@ -6,11 +6,13 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/reflect/protoreflect"
 
 	"pgbroker/cmd/pgbroker/duration"
 	"pgbroker/db"
@@ -35,7 +37,7 @@ func (a *app) onDatabaseOf(do func(ctx context.Context, cmd *cobra.Command, data
 		if errors.As(err, &refused) {
 			return fmt.Errorf("the database refuses: %s", refused.Message)
 		}
-		return err
+		return explainDatabase(err)
 	})
 }
 
@@ -57,7 +59,7 @@ type shownType struct {
 func (a *app) typesShowCommand() *cobra.Command {
 	var name recordName
 	cmd := &cobra.Command{
-		Use: "show [--type TYPE]", Short: "Show for how long records of a type stay, from the database", Args: cobra.NoArgs,
+		Use: "show [--type TYPE]", Short: "Show for how long records of a type stay, from the database", Args: noArgs,
 		RunE: a.onDatabaseOf(func(ctx context.Context, _ *cobra.Command, database *db.DB) error {
 			if err := checkText("type", name.kind); err != nil {
 				return err
@@ -128,7 +130,7 @@ func (a *app) typesSetCommand() *cobra.Command {
 		yes     bool
 	)
 	cmd := &cobra.Command{
-		Use: "set --type TYPE", Short: "Set for how long records of a type stay, in the database", Args: cobra.NoArgs,
+		Use: "set --type TYPE", Short: "Set for how long records of a type stay, in the database", Args: noArgs,
 		Long: `Set for how long records of a type stay. Only what is given is changed, and it soon holds for the records that are there,
 too. Users that go end their sessions, if that is set, a minute or two after their record or that in the directory is deleted, unless
 it is back by then; 'pgbroker sessions orphans' lists sessions of users that are missing. When it ends some of the records, it says how many and asks, unless --yes is given. Records that go leave tombstones. These options are
@@ -140,6 +142,9 @@ not part of the databroker interface, so this needs the database.
 		RunE: a.onDatabaseOf(func(ctx context.Context, cmd *cobra.Command, database *db.DB) error {
 			set, err := lifetimesOf(cmd, recordType(name.kind), &options)
 			if err != nil {
+				return err
+			}
+			if err := checkExpiryField(set.kind, options.expiry); err != nil {
 				return err
 			}
 			queries := db.New(database)
@@ -183,6 +188,30 @@ not part of the databroker interface, so this needs the database.
 	a.addOutputFlag(cmd)
 	addSettingFlags(cmd.Flags(), usePsql)
 	return cmd
+}
+
+// checkExpiryField refuses a field that a message does not have: with it, records would never end. Messages that are not known here
+// may have any field.
+func checkExpiryField(recordType, path string) error {
+	message := knownMessage(recordType[strings.LastIndexByte(recordType, '/')+1:])
+	if message == nil || path == "" {
+		return nil
+	}
+	fields := message.Descriptor()
+	for name := range strings.SplitSeq(path, ".") {
+		if fields == nil || fields.FullName() == "google.protobuf.Struct" {
+			return nil
+		}
+		field := fields.Fields().ByName(protoreflect.Name(name))
+		if field == nil {
+			return usagef("--expiry-field: %s has no field %q, and its records would never end; '' is for none", fields.FullName(), name)
+		}
+		if field.IsMap() {
+			return nil
+		}
+		fields = field.Message()
+	}
+	return nil
 }
 
 // lifetimeFlags are what `types set` is given.

@@ -2,10 +2,12 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strconv"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/spf13/cobra"
 
 	"pgbroker/db"
@@ -37,6 +39,10 @@ func (a *app) onDatabase(do func(ctx context.Context, database *pgx.ConnConfig) 
 		if hint := db.PoolerHint(err); hint != "" {
 			return fmt.Errorf("%w (%s)", err, hint)
 		}
+		var connectErr *pgconn.ConnectError
+		if errors.As(err, &connectErr) && db.IsUnavailable(err) {
+			return explainDatabase(err)
+		}
 		return err
 	})
 }
@@ -48,7 +54,7 @@ func (a *app) addMigrateFlags(cmd *cobra.Command) *cobra.Command {
 
 func (a *app) migrateUpCommand() *cobra.Command {
 	return a.addMigrateFlags(&cobra.Command{
-		Use: "up", Short: "Run the migrations that have not run yet", Args: cobra.NoArgs,
+		Use: "up", Short: "Run the migrations that have not run yet", Args: noArgs,
 		RunE: a.onDatabase(func(ctx context.Context, database *pgx.ConnConfig) error {
 			todo, err := migrations.Plan(ctx, database)
 			if err != nil {
@@ -124,7 +130,7 @@ type schemaVersion struct {
 
 func (a *app) migrateVersionCommand() *cobra.Command {
 	cmd := a.addMigrateFlags(&cobra.Command{
-		Use: "version", Short: "Show the version of the schema", Args: cobra.NoArgs,
+		Use: "version", Short: "Show the version of the schema", Args: noArgs,
 		RunE: a.onDatabase(func(ctx context.Context, database *pgx.ConnConfig) error {
 			version, dirty, err := migrations.Version(ctx, database)
 			if err != nil {
@@ -158,7 +164,7 @@ type plannedMigration struct {
 func (a *app) migratePlanCommand() *cobra.Command {
 	var sql bool
 	cmd := a.addMigrateFlags(&cobra.Command{
-		Use: "plan", Short: "Show what up would run, without running it", Args: cobra.NoArgs,
+		Use: "plan", Short: "Show what up would run, without running it", Args: noArgs,
 		RunE: a.onDatabase(func(ctx context.Context, database *pgx.ConnConfig) error {
 			todo, err := migrations.Plan(ctx, database)
 			if err != nil {
@@ -216,7 +222,7 @@ schema, for whoever has looked at it.`,
 func (a *app) migrateGrantsCommand() *cobra.Command {
 	var wanted db.GrantsParams
 	cmd := a.addMigrateFlags(&cobra.Command{
-		Use: "grants [--reader ROLE] [--revoker ROLE] [--writer ROLE] [--server ROLE]", Short: "Print the privileges that roles need, as SQL", Args: cobra.NoArgs,
+		Use: "grants [--reader ROLE] [--revoker ROLE] [--writer ROLE] [--server ROLE]", Short: "Print the privileges that roles need, as SQL", Args: noArgs,
 		Long: `Print the statements that give roles what they need, and take from them what they do not. They change nothing until they are
 run, may be run again, and should be after each upgrade. Roles that do not exist yet are created by them, without a password; whoever
 may not create roles is told what to have created.

@@ -19,7 +19,7 @@ type listedOrphan struct {
 
 func (a *app) sessionsOrphansCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "orphans", Short: "List sessions whose user is missing", Args: cobra.NoArgs,
+		Use: "orphans", Short: "List sessions whose user is missing", Args: noArgs,
 		Long: `List sessions of users of whom there is no record, or who are not in the directory, if that has any users. All sessions and
 users are read. To have such sessions ended when a user goes, see 'pgbroker types set --end-sessions-of-missing-users'.`,
 		Example: `  pgbroker sessions orphans

@@ -67,7 +67,7 @@ func (c *configuration) psqlConnString() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return embedded.Running(dir)
+	return runningIn(dir)
 }
 
 // findPsql finds psql on the PATH or beside the server binaries.

@@ -81,7 +81,7 @@ func (a *app) addSecretsFlag(cmd *cobra.Command) {
 func (a *app) recordGetCommand() *cobra.Command {
 	var name recordName
 	cmd := &cobra.Command{
-		Use: "get --type TYPE --id ID", Short: "Show one record", Args: cobra.NoArgs,
+		Use: "get --type TYPE --id ID", Short: "Show one record", Args: noArgs,
 		Long: "Show one record. Tokens and other secrets in its payload are left out unless asked for.\n\n" + typeHelp,
 		Example: `  pgbroker record get --type session.Session --id 4fb2
   pgbroker record get -t pomerium.io/DirectoryUser -i jane -o json`,
@@ -198,7 +198,7 @@ func (a *app) recordPutCommand() *cobra.Command {
 		data, payloadType string
 	)
 	cmd := &cobra.Command{
-		Use: "put --type TYPE --id ID --data JSON", Short: "Write one record", Args: cobra.NoArgs,
+		Use: "put --type TYPE --id ID --data JSON", Short: "Write one record", Args: noArgs,
 		Long: `Write one record, replacing it if it exists, and print its version.
 
 The payload is given as JSON in the form that protobuf prescribes. Its message is that of the record type when the type is a
@@ -249,7 +249,7 @@ func (a *app) recordPatchCommand() *cobra.Command {
 		mask              []string
 	)
 	cmd := &cobra.Command{
-		Use: "patch --type TYPE --id ID --data JSON --mask FIELD,...", Short: "Overwrite some fields of a record", Args: cobra.NoArgs,
+		Use: "patch --type TYPE --id ID --data JSON --mask FIELD,...", Short: "Overwrite some fields of a record", Args: noArgs,
 		Long: `Overwrite some fields of a record with those of the given payload, and print the new version. A named field that the
 payload does not have is cleared. Fields are named as in the proto file (user_id), nested ones with dots (id_token.issuer).
 
@@ -308,7 +308,7 @@ func (a *app) recordDeleteCommand() *cobra.Command {
 		ids  []string
 	)
 	cmd := &cobra.Command{
-		Use: "delete --type TYPE --id ID", Short: "Delete records", Args: cobra.NoArgs,
+		Use: "delete --type TYPE --id ID", Short: "Delete records", Args: noArgs,
 		Long: `Delete records of one type and print the versions of their tombstones; every stream learns of it. When some of them do
 not exist, the others are deleted and the exit code is that for "not found".
 
@@ -366,7 +366,7 @@ func (a *app) recordQueryCommand() *cobra.Command {
 		offset, limit int64
 	)
 	cmd := &cobra.Command{
-		Use: "query [--type TYPE]", Short: "Find records", Args: cobra.NoArgs,
+		Use: "query [--type TYPE]", Short: "Find records", Args: noArgs,
 		Long: `Find records by type, filter and text, ordered by type and id.
 
 A filter is a JSON object of fields and values: {"user_id": "jane"}; {"$or": [{"id": "4fb2"}, {"email": "jane@example.com"}]}.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 	"strings"
 	"time"
 
@@ -68,6 +69,14 @@ func unfinished(ctx context.Context, err error, done string) error {
 		return &exitError{exitInterrupted, errors.New("interrupted: " + done)}
 	}
 	return fmt.Errorf("%s: %w", done, err)
+}
+
+// untouched is the error of a command that has not yet begun to change anything. Whoever has interrupted it is told so.
+func untouched(ctx context.Context, err error, nothing string) error {
+	if ctx.Err() != nil && (errors.Is(err, context.Canceled) || status.Code(err) == codes.Canceled) {
+		return &exitError{exitInterrupted, errors.New("interrupted: " + nothing)}
+	}
+	return err
 }
 
 // An app is one run of the program: what it reads from and writes to, and the flags that all commands share.
@@ -239,8 +248,16 @@ func suggestCommands(cmd *cobra.Command) {
 	}
 }
 
-// explainFlag adds to an error about a flag what may be meant: the flag with the nearest name, or an id that looks like a flag.
+// explainFlag adds to an error about a flag what may be meant: the command that the flag is for, the flag with the nearest name, an
+// id that looks like a flag, or what its value has to be.
 func explainFlag(cmd *cobra.Command, err error) error {
+	if args := cmd.Flags().Args(); cmd.HasSubCommands() && len(args) > 0 {
+		return cmd.Args(cmd, args)
+	}
+	var invalid *pflag.InvalidValueError
+	if errors.As(err, &invalid) {
+		return explainValue(invalid)
+	}
 	var unknown *pflag.NotExistError
 	if !errors.As(err, &unknown) {
 		return err
@@ -266,6 +283,36 @@ func explainFlag(cmd *cobra.Command, err error) error {
 		return fmt.Errorf("unknown flag --%s (an id that begins with - comes after --: %s -- --%[1]s)", name, cmd.CommandPath())
 	}
 	return fmt.Errorf("unknown flag --%s", name)
+}
+
+// explainValue says in people's words what the value of a flag has to be, where the library says how it has tried to read it.
+func explainValue(err *pflag.InvalidValueError) error {
+	var number *strconv.NumError
+	if !errors.As(err, &number) {
+		return err
+	}
+	want := "want a whole number"
+	switch {
+	case err.GetFlag().Value.Type() == "bool":
+		want = "want true or false"
+	case errors.Is(err, strconv.ErrRange):
+		want = "the number is too large or too small"
+	case strings.HasPrefix(err.GetFlag().Value.Type(), "uint"):
+		want = "want a whole number, not below 0"
+	}
+	return fmt.Errorf("invalid argument %.60q for %q flag: %s", err.GetValue(), "--"+err.GetFlag().Name, want)
+}
+
+// noArgs accepts no arguments. They are not commands that do not exist.
+func noArgs(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	hint := ""
+	if cmd.Flags().Lookup("id") != nil {
+		hint = " (an id is given as --id)"
+	}
+	return fmt.Errorf("%s takes no argument, but there is %.60q%s", cmd.CommandPath(), args[0], hint)
 }
 
 // action is the body of a command. It runs once the command line has been understood.

@@ -132,7 +132,7 @@ type storedSchema struct {
 
 func (a *app) schemaListCommand() *cobra.Command {
 	cmd := addDatabaseFlags(&cobra.Command{
-		Use: "list", Short: "List what has been added", Args: cobra.NoArgs,
+		Use: "list", Short: "List what has been added", Args: noArgs,
 		RunE: a.withDatabase(func(ctx context.Context, _ *cobra.Command, conn *pgx.Conn) error {
 			rows, err := db.New(conn).SchemasList(ctx)
 			if err != nil {

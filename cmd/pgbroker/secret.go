@@ -21,7 +21,7 @@ func (a *app) secretCommand() *cobra.Command {
 
 func (a *app) secretGenerateCommand() *cobra.Command {
 	return &cobra.Command{
-		Use: "generate", Short: "Print a new shared secret", Args: cobra.NoArgs,
+		Use: "generate", Short: "Print a new shared secret", Args: noArgs,
 		Example: `  (umask 077; pgbroker secret generate > shared-secret)`,
 		RunE: func(*cobra.Command, []string) error {
 			a.started = true
@@ -39,7 +39,7 @@ type keyFingerprint struct {
 func (a *app) secretFingerprintCommand() *cobra.Command {
 	var stdin bool
 	cmd := &cobra.Command{
-		Use: "fingerprint", Short: "Print the fingerprints of the configured shared secrets", Args: cobra.NoArgs,
+		Use: "fingerprint", Short: "Print the fingerprints of the configured shared secrets", Args: noArgs,
 		Long: `Print the fingerprints of the configured shared secrets. The server logs the same fingerprints when it rejects a request,
 so that two machines can be compared without showing a secret.`,
 		Example: `  pgbroker secret fingerprint --shared-secret-file /run/secrets/shared

@@ -29,7 +29,7 @@ import (
 
 func (a *app) serveCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "serve", Short: "Run the server", Args: cobra.NoArgs,
+		Use: "serve", Short: "Run the server", Args: noArgs,
 		Long: `Run the server until SIGINT or SIGTERM, which let requests end first; a second signal ends it at once. SIGHUP reads
 secrets, certificates and the configuration again; the log says what changed, and what of it needs a restart.
 

@@ -46,7 +46,7 @@ func addKindFlag(cmd *cobra.Command) {
 func (a *app) serviceListCommand() *cobra.Command {
 	var kinds []string
 	cmd := &cobra.Command{
-		Use: "list", Short: "List the services that are running", Args: cobra.NoArgs,
+		Use: "list", Short: "List the services that are running", Args: noArgs,
 		RunE: a.call(func(ctx context.Context, _ *cobra.Command, c *client) error {
 			request := new(registry.ListRequest)
 			for _, name := range kinds {
@@ -107,7 +107,7 @@ func redactURL(endpoint string) string {
 func (a *app) serviceReportCommand() *cobra.Command {
 	var kind, endpoint string
 	cmd := &cobra.Command{
-		Use: "report --kind KIND --endpoint URL", Short: "Report a service as running", Args: cobra.NoArgs,
+		Use: "report --kind KIND --endpoint URL", Short: "Report a service as running", Args: noArgs,
 		Long: "Report a service as running. It leaves the list unless it is reported again; the time to do so by is printed.",
 		RunE: a.call(func(ctx context.Context, _ *cobra.Command, c *client) error {
 			parsed, err := parseKind(kind)

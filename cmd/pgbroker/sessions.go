@@ -295,7 +295,7 @@ func (a *app) sessionsListCommand() *cobra.Command {
 		limit  int
 	)
 	cmd := &cobra.Command{
-		Use: "list", Short: "List sessions", Args: cobra.NoArgs,
+		Use: "list", Short: "List sessions", Args: noArgs,
 		Long: `List sessions, those that were used last in front. The server finds those of a user by its index, and those of an e-mail
 address by their texts; otherwise all sessions are read. Times are compared with the clock of this machine. A session that was
 never used counts as used when it was issued.`,
@@ -445,7 +445,7 @@ request that is under way, and says what was revoked and what was not. The audit
 			}
 			sessions, missing, err := a.sessionsToRevoke(ctx, c, ids, &filter)
 			if err != nil {
-				return err
+				return untouched(ctx, err, "nothing was revoked")
 			}
 			if len(sessions) == 0 && len(missing) == 0 {
 				return &exitError{exitNoneMatched, errors.New("no session was revoked: none is chosen by the filters")}
@@ -587,7 +587,8 @@ func (a *app) confirm(ctx context.Context, question, otherwise string) error {
 	}()
 	select {
 	case <-ctx.Done():
-		return ctx.Err()
+		fmt.Fprintln(a.stderr)
+		return untouched(ctx, ctx.Err(), otherwise)
 	case line := <-answer:
 		if strings.TrimSpace(line) == "yes" {
 			return nil

@@ -347,6 +347,40 @@ func TestInterruptedRevocation(t *testing.T) {
 	}
 }
 
+// TestInterruptedBefore: whoever interrupts a command before it has changed anything is told that nothing was changed.
+func TestInterruptedBefore(t *testing.T) {
+	t.Parallel()
+	b := servertest.New(t, servertest.Options{})
+	putSession(t, b.Replica, "s1", "jane", "okta", 1, 5)
+	putSession(t, b.Replica, "s2", "jane", "okta", 1, 5)
+	users := write(t, "u.csv", "id\nx\n")
+	_, terminal := openTerminal(t, 80) // at which nobody answers
+	for _, c := range []struct {
+		args []string
+		env  []string
+		want string
+		wait time.Duration // until a question is shown
+	}{
+		{[]string{"sessions", "revoke", "--user", "jane", "--yes"}, environment(b.Replica), "interrupted: nothing was revoked", 0},
+		{[]string{"sessions", "revoke", "--user", "jane"}, environment(b.Replica), "\npgbroker: interrupted: nothing was revoked", time.Second},
+		{[]string{"directory", "load", users, "--kind", "users"}, environment(b.Replica), "interrupted: nothing was written", 0},
+		{[]string{"directory", "load", users, "--kind", "users"}, []string{"PGBROKER_DATABASE_URL=" + b.Database.ConnString}, "interrupted: nothing was written", 0},
+	} {
+		ctx, interrupt := context.WithCancel(t.Context())
+		if c.wait == 0 {
+			interrupt()
+		} else {
+			time.AfterFunc(c.wait, interrupt)
+		}
+		var stderr bytes.Buffer
+		code := run(ctx, c.args, terminal, io.Discard, &stderr, c.env)
+		interrupt()
+		if code != exitInterrupted || !strings.Contains(stderr.String(), c.want) {
+			t.Errorf("%q: exit code %d and %q, want %q", c.args, code, stderr.String(), c.want)
+		}
+	}
+}
+
 func TestSessionsRevoke(t *testing.T) {
 	t.Parallel()
 	b, env := startWithSessions(t)
@@ -504,6 +538,23 @@ func TestOptionsThatEndRecordsAsk(t *testing.T) {
 		if got := options(); got != c.then {
 			t.Errorf("%q: set is %q, want %q", args, got, c.then)
 		}
+	}
+}
+
+// TestExpiryField: a field that a message does not have is refused, because its records would never end.
+func TestExpiryField(t *testing.T) {
+	t.Parallel()
+	b := servertest.New(t, servertest.Options{})
+	env := []string{"PGBROKER_DATABASE_URL=" + b.Database.ConnString}
+	for _, field := range []string{"expires", "expires_at.second", "oauth_token.expiresat"} {
+		r := try(t, env, "types", "set", "-t", "session.Session", "--expiry-field", field)
+		if r.code != exitUsage || !strings.Contains(r.stderr, "records would never end") {
+			t.Errorf("%s: %+v", field, r)
+		}
+	}
+	for kind, field := range map[string]string{"session.Session": "oauth_token.expires_at", "example.com/Thing": "valid_until"} {
+		mustTry(t, env, "types", "set", "-t", kind, "--expiry-field", field)
+		mustTry(t, env, "types", "set", "-t", kind, "--expiry-field", "")
 	}
 }
 

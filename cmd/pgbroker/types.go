@@ -16,7 +16,7 @@ import (
 
 func (a *app) typesCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "types", Short: "List the types that have records, with their number", Args: cobra.NoArgs,
+		Use: "types", Short: "List the types that have records, with their number", Args: noArgs,
 		RunE: a.call(func(ctx context.Context, _ *cobra.Command, c *client) error {
 			response, err := c.records.ListTypes(ctx, new(emptypb.Empty))
 			if err != nil {
@@ -64,7 +64,7 @@ func (a *app) optionsCommand() *cobra.Command {
 func (a *app) optionsGetCommand() *cobra.Command {
 	var name recordName
 	cmd := &cobra.Command{
-		Use: "get --type TYPE", Short: "Show the options of a type", Args: cobra.NoArgs,
+		Use: "get --type TYPE", Short: "Show the options of a type", Args: noArgs,
 		RunE: a.call(func(ctx context.Context, _ *cobra.Command, c *client) error {
 			if err := checkText("type", name.kind); err != nil {
 				return err
@@ -112,7 +112,7 @@ func (a *app) optionsSetCommand() *cobra.Command {
 		yes      bool
 	)
 	cmd := &cobra.Command{
-		Use: "set --type TYPE [--capacity N] [--ttl DURATION] [--indexable-field FIELD]", Short: "Set the options of a type", Args: cobra.NoArgs,
+		Use: "set --type TYPE [--capacity N] [--ttl DURATION] [--indexable-field FIELD]", Short: "Set the options of a type", Args: noArgs,
 		Long: `Set the options of a type, replacing all that were set before: what is left out is taken back. The capacity is enforced at
 the next write of the type, the time to live within a minute; records that go leave tombstones, so that every stream sees it. When
 that ends some of the records that are there, it says how many and asks, unless --yes is given.

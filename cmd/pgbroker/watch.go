@@ -26,7 +26,7 @@ func (a *app) watchCommand() *cobra.Command {
 		since uint64
 	)
 	cmd := &cobra.Command{
-		Use: "watch", Short: "Follow changes as they happen", Args: cobra.NoArgs,
+		Use: "watch", Short: "Follow changes as they happen", Args: noArgs,
 		Long: `Follow changes as they happen, until interrupted. Without --since or --initial it begins with what comes next. When the
 connection is lost it is made again, and the changes of the meantime follow.
 
