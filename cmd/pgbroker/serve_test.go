@@ -603,7 +603,7 @@ func TestKeepSecret(t *testing.T) {
 	for range n {
 		r := <-results
 		if r.err != nil || r.path != filepath.Join(dir, secretFileName) {
-			t.Errorf("got %+v", r)
+			t.Errorf("got %+v, %v", r, r.err)
 		}
 		if r.created {
 			created++

@@ -237,7 +237,10 @@ func resolve(path string) (string, error) {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return real, err
 	}
-	if _, err := os.Lstat(path); err == nil {
+	if info, err := os.Lstat(path); err == nil {
+		if info.Mode()&fs.ModeSymlink == 0 {
+			return resolve(path) // another process has made it, a moment ago
+		}
 		return "", fmt.Errorf("%s is a symbolic link that leads nowhere", path)
 	}
 	parent, err := resolve(filepath.Dir(path))

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"syscall"
+	"time"
 )
 
 // What another user can write, root does not follow: in a directory that belongs to the account of Postgres, whoever has that
@@ -78,6 +79,9 @@ func openFile(root *os.Root, name string, flag int, a account) (*os.File, error)
 	return f, nil
 }
 
+// errNotOurs is a part of the error about a file of others, or with a second name.
+var errNotOurs = errors.New("belongs to another user")
+
 // checkFile refuses an open file that is not one of ours.
 func (a account) checkFile(f *os.File) error {
 	info, err := f.Stat()
@@ -89,7 +93,7 @@ func (a account) checkFile(f *os.File) error {
 	case !info.Mode().IsRegular():
 		return fmt.Errorf("%s is not a regular file: remove it", f.Name())
 	case os.Geteuid() == 0 && (!a.mayOwn(stat.Uid) || stat.Nlink != 1):
-		return fmt.Errorf("%s belongs to another user (uid %d) or has a second name: remove it", f.Name(), stat.Uid)
+		return fmt.Errorf("%s %w (uid %d) or has a second name: remove it", f.Name(), errNotOurs, stat.Uid)
 	}
 	return nil
 }
@@ -207,6 +211,11 @@ func Keep(dir, name string, make func() string) (path string, created bool, err 
 	}
 	err = inDir(dir, a, func(root *os.Root) error {
 		created, err = keep(root, name, make, a)
+		// While another process makes the file, it has two names for a moment, which is else a trap.
+		for deadline := time.Now().Add(time.Second); errors.Is(err, errNotOurs) && time.Now().Before(deadline); {
+			time.Sleep(10 * time.Millisecond)
+			created, err = keep(root, name, make, a)
+		}
 		return err
 	})
 	return filepath.Join(dir, name), created, err
