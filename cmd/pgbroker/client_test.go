@@ -284,6 +284,7 @@ func TestServiceCommands(t *testing.T) {
 
 func TestServerCommands(t *testing.T) {
 	env := environment(servertest.New(t, servertest.Options{}).Replica)
+	mustTry(t, env, "health", "--for", "writing", "--wait", "30s") // until the database was asked, info says that it was not
 	mustTry(t, env, "checkpoint", "set", "--server-version", "18446744073709551615", "--record-version", "7")
 	if got, want := mustTry(t, env, "checkpoint", "get"), "server version: 18446744073709551615\nrecord version: 7\n"; !strings.HasPrefix(got, want) {
 		t.Errorf("checkpoint get: got %q", got)
