@@ -37,7 +37,7 @@ COMMENT ON FUNCTION pgbroker.plan_projected_fields() IS
   'Trigger: which fields writes must index from now on; the existing records are brought up to it in the background.';
 
 CREATE FUNCTION pgbroker.announce_options() RETURNS trigger
-  LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+  LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
   UPDATE pgbroker.state SET options_version = options_version + 1;
   PERFORM pg_notify('pgbroker_changes', '') WHERE pg_notification_queue_usage() < 0.5;
@@ -45,6 +45,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION pgbroker.announce_options() IS 'Trigger: makes every replica reload the options and tell its streams.';
+REVOKE EXECUTE ON FUNCTION pgbroker.announce_options() FROM PUBLIC;
 
 CREATE FUNCTION pgbroker.refuse_forgetting_types() RETURNS trigger
   LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$

@@ -163,9 +163,10 @@ BEGIN
                     string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) FILTER (WHERE a.attname <> 'type'), server)
       FROM pg_attribute a
       WHERE a.attrelid = 'pgbroker.record_types'::regclass AND a.attnum > 0 AND NOT a.attisdropped
-        AND a.attname NOT IN ('audited', 'builtin', 'record_count', 'purged_version'));
-    -- To have clients start over, and hear of options; not where the data set was, and is.
-    RETURN NEXT format('GRANT UPDATE (server_version, options_version) ON pgbroker.state TO %I;', server);
+        AND a.attname NOT IN ('audited', 'builtin', 'record_count', 'purged_version', 'index_version'));
+    -- To have clients start over; not where the data set was, and is. What is counted up is counted by triggers: nobody can
+    -- bring it to an end, with which TRUNCATE would fail.
+    RETURN NEXT format('GRANT UPDATE (server_version) ON pgbroker.state TO %I;', server);
     -- The next version, and not which one that is.
     RETURN NEXT format('GRANT SELECT, USAGE ON SEQUENCE pgbroker.record_version TO %I;', server);
   END IF;

@@ -126,7 +126,7 @@ COMMENT ON COLUMN pgbroker.reprojections.schema_version IS 'schema_state.version
 COMMENT ON COLUMN pgbroker.reprojections.next_id IS 'Records with lower ids are done.';
 
 CREATE FUNCTION pgbroker.announce_schema() RETURNS trigger
-  LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+  LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
   present bigint;
 BEGIN
@@ -148,6 +148,7 @@ END
 $$;
 COMMENT ON FUNCTION pgbroker.announce_schema() IS
   'Trigger: makes every replica reload types and rules, and has the existing records projected again.';
+REVOKE EXECUTE ON FUNCTION pgbroker.announce_schema() FROM PUBLIC;
 
 CREATE FUNCTION pgbroker.check_redaction() RETURNS trigger
   LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$

@@ -388,7 +388,9 @@ func TestAuditCausesAreTheOwnersToGive(t *testing.T) {
 			`CREATE TRIGGER t AFTER DELETE ON pgbroker.records FOR EACH ROW EXECUTE FUNCTION pgbroker.audit_update()`)
 	}
 	// Nor can it move the versions.
-	server.expect(t, denied, `SELECT setval('pgbroker.record_version', 1)`, `SELECT pgbroker.begin_epoch()`, `UPDATE pgbroker.state SET base_version = 1`,
+	server.expect(t, denied, `SELECT setval('pgbroker.record_version', 1)`, `UPDATE pgbroker.state SET options_version = 9223372036854775807`,
+		`UPDATE pgbroker.record_types SET index_version = 9223372036854775807`,
+		`INSERT INTO pgbroker.record_types (type, index_version) VALUES ('t', 9223372036854775807)`, `SELECT pgbroker.begin_epoch()`, `UPDATE pgbroker.state SET base_version = 1`,
 		`UPDATE pgbroker.state SET timeline = 1`, `INSERT INTO pgbroker.epochs (first_version, last_version, system_identifier, timeline) VALUES (1, 1, 1, 1)`)
 	server.expect(t, pgerrcode.InvalidParameterValue, `SELECT pgbroker.purge_audit(1000, '23 hours')`, `SELECT pgbroker.purge_audit(1000, '-1 day')`,
 		`SELECT pgbroker.purge_audit(1000, NULL)`)
