@@ -42,7 +42,7 @@ func RequireSession(ctx context.Context, conn *pgx.Conn, cfg *pgx.ConnConfig) er
 	for len(clients) < 3 {
 		client, err := pgconn.ConnectConfig(ctx, &cfg.Config)
 		if err != nil {
-			return nil //nolint:nilerr // there is no second session: the one that there is belongs to us
+			return nil // there is no second session: the one that there is belongs to us
 		}
 		defer func() { _ = client.Close(context.WithoutCancel(ctx)) }() // it was only asked
 		clients = append(clients, client)
@@ -51,7 +51,7 @@ func RequireSession(ctx context.Context, conn *pgx.Conn, cfg *pgx.ConnConfig) er
 	for _, i := range probeOrder {
 		session, err := sessionOf(ctx, clients[i])
 		if err != nil {
-			return nil //nolint:nilerr // as above
+			return nil // as above
 		}
 		before, asked := sessions[i]
 		client, serves := served[session]

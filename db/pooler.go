@@ -166,9 +166,9 @@ func (d *DB) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, erro
 	if d.pooler == nil {
 		return d.Pool.Query(ctx, sql, args...)
 	}
-	rows, err := d.queryPooled(ctx, sql, args)
+	rows, err := d.queryPooled(ctx, sql, args) //nolint:rowserrcheck // the caller reads them
 	if err != nil {
-		return failedRows{err: err}, err
+		return failedRows{err: err}, err //nolint:rowserrcheck // there are none
 	}
 	return rows, nil
 }
@@ -178,7 +178,7 @@ func (d *DB) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
 	if d.pooler == nil {
 		return d.Pool.QueryRow(ctx, sql, args...)
 	}
-	rows, err := d.queryPooled(ctx, sql, args)
+	rows, err := d.queryPooled(ctx, sql, args) //nolint:rowserrcheck // Scan reads them
 	return pooledRow{rows, err}
 }
 
@@ -187,7 +187,7 @@ func (d *DB) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandT
 	if d.pooler == nil {
 		return d.Pool.Exec(ctx, sql, args...)
 	}
-	rows, err := d.queryPooled(ctx, sql, args)
+	rows, err := d.queryPooled(ctx, sql, args) //nolint:rowserrcheck // their error is returned
 	if err != nil {
 		return pgconn.CommandTag{}, err
 	}

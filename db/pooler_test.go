@@ -86,6 +86,9 @@ func TestPoolerStatements(t *testing.T) {
 					}
 					rows.Next()
 					rows.Close() // before the end
+					if err := rows.Err(); err != nil {
+						return err
+					}
 					err = pgx.BeginTxFunc(ctx, d, pgx.TxOptions{AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
 						var pid int32
 						if err := tx.QueryRow(ctx, `SELECT pg_backend_pid()`).Scan(&pid); err != nil {
@@ -273,13 +276,13 @@ func TestPoolerSettings(t *testing.T) {
 				}
 			}
 		}
-		check("statement", func() (pgx.Rows, error) { return d.Query(t.Context(), sql, names) })
+		check("statement", func() (pgx.Rows, error) { return d.Query(t.Context(), sql, names) }) //nolint:rowserrcheck // check does
 		tx, err := d.Begin(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer tx.Rollback(t.Context()) //nolint:errcheck // it only reads
-		check("transaction", func() (pgx.Rows, error) { return tx.Query(t.Context(), sql, names) })
+		defer tx.Rollback(t.Context())                                                              //nolint:errcheck // it only reads
+		check("transaction", func() (pgx.Rows, error) { return tx.Query(t.Context(), sql, names) }) //nolint:rowserrcheck // check does
 		if got := get[string](t, d, `SELECT 'Ж' || $1`, "ё"); got != "Жё" {
 			t.Errorf("got %q", got)
 		}

@@ -32,7 +32,8 @@ var (
 	errUnfit           = errors.New("the database is not set up for this server; the server's log says what is wrong")
 	errUnconfirmed     = errors.New("commits wait for a synchronous standby that does not answer; this change may have been made, and lasts only if that comes back")
 	errSilent          = errors.New("the database does not answer")
-	errPanicked        = errors.New("a request panicked") // logged where it is recovered
+	errPublicTime      = fmt.Errorf("a request without a token may take %v, and a stream %v", publicCallTime, publicStreamTime) // who really watches begins anew
+	errPanicked        = errors.New("a request panicked")                                                                       // logged where it is recovered
 )
 
 // invalidError is a request that names something impossible.
@@ -83,7 +84,7 @@ func toStatus(ctx context.Context, logger *slog.Logger, method string, err error
 		// blockerWatch logs it, once.
 		logger.DebugContext(ctx, "another transaction blocks writes", "method", method, "error", err)
 		return status.Error(codes.Unavailable, errBlocked.Error())
-	case errors.Is(err, errBlocked), errors.Is(err, errUnconfirmed):
+	case errors.Is(err, errBlocked), errors.Is(err, errUnconfirmed), errors.Is(err, errPublicTime):
 		return status.Error(codes.Unavailable, err.Error())
 	case errors.Is(err, errSilent):
 		logger.WarnContext(ctx, "database unavailable", "method", method, "error", err)
@@ -146,4 +147,10 @@ func bounded(message string) string {
 		return message
 	}
 	return strings.ToValidUTF8(message[:maxErrorBytes], "") + "…"
+}
+
+// showsToken reports whether a request that was admitted or refused with err has shown a valid token.
+func showsToken(err error) bool {
+	code := status.Code(err)
+	return code != codes.Unauthenticated && code != codes.Unavailable
 }

@@ -108,31 +108,36 @@ func TestLanesGiveBack(t *testing.T) {
 		"canceled":        func() error { return lane.QueryRow(ended, "SELECT 1").Scan(&n) },
 		"query to its end": func() error {
 			rows, err := lane.Query(ctx, "SELECT 1")
-			for err == nil && rows.Next() {
+			if err != nil {
+				return err
 			}
+			_, err = pgx.CollectRows(rows, pgx.RowTo[int])
 			return err
 		},
 		"query that fails": func() error {
 			rows, err := lane.Query(ctx, "SELECT nonsense")
-			if err == nil {
-				rows.Close()
+			if err != nil {
+				return err
 			}
-			return err
+			rows.Close()
+			return rows.Err()
 		},
 		"query, closed": func() error {
 			rows, err := lane.Query(ctx, "SELECT generate_series(1, 100000)")
-			if err == nil {
-				rows.Close()
-				rows.Close()
+			if err != nil {
+				return err
 			}
-			return err
+			rows.Close()
+			rows.Close()
+			return rows.Err()
 		},
 		"query, canceled": func() error {
 			rows, err := lane.Query(ended, "SELECT 1")
-			if err == nil {
-				rows.Close()
+			if err != nil {
+				return err
 			}
-			return err
+			rows.Close()
+			return rows.Err()
 		},
 		"commit":          func() error { return pgx.BeginFunc(ctx, lane, func(pgx.Tx) error { return nil }) },
 		"rollback":        func() error { return pgx.BeginFunc(ctx, lane, func(pgx.Tx) error { return errors.New("no") }) },

@@ -12,9 +12,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/peer"
-	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/tap"
 	"google.golang.org/protobuf/proto"
 
@@ -172,7 +170,7 @@ func (l *limiter) tap(authenticator *auth.Authenticator) tap.ServerInHandle {
 				return ctx, nil // there is no such method, which is all that grpc will say
 			}
 			admitted, err := authenticator.Tap(ctx, info.FullMethodName)
-			if code := status.Code(err); code != codes.Unauthenticated && code != codes.Unavailable {
+			if showsToken(err) {
 				l.conns.know(conn)
 			} else if tooMany := conn.strange(); tooMany != nil {
 				return nil, toStatus(ctx, l.logger, info.FullMethodName, tooMany)

@@ -10,9 +10,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/peer"
-	"google.golang.org/grpc/status"
 )
 
 // Strangers are those who have not shown a valid token. What they hold ends by itself, or when somebody else wants it: the
@@ -30,9 +28,6 @@ const (
 	maxStrangeBytes       = 1 << 20
 	maxStrangeBytesSecond = 128 << 10
 )
-
-// errPublicTime is why a request without a token is ended. Who really watches begins anew.
-var errPublicTime = status.Errorf(codes.Unavailable, "a request without a token may take %v, and a stream %v", publicCallTime, publicStreamTime)
 
 // publicRequests are the requests of one kind that need no token and are under way.
 type publicRequests struct {

@@ -124,7 +124,10 @@ func TestServeGivesUpRoot(t *testing.T) {
 			}
 			for range 2 { // the second one finds what the first has left
 				p := startProgram(t, path, os.Environ(), args...)
-				for p.stdout.Scan() && !strings.Contains(p.stdout.Text(), "pgbroker is ready") {
+				for p.stdout.Scan() {
+					if strings.Contains(p.stdout.Text(), "pgbroker is ready") {
+						break
+					}
 				}
 				if !strings.Contains(p.said(t), "gave up root") {
 					t.Fatalf("the log does not say that root was given up:\n%s", p.said(t))

@@ -22,8 +22,8 @@ func TestRun(t *testing.T) {
 	runs := 0
 	s.Run(t.Context(), "sums", func(context.Context) {
 		if runs++; runs < 3 {
-			var sums map[string]int
-			sums["one"]++
+			sums := map[string]map[string]int{}
+			sums["all"]["one"]++ // there is no such map
 		}
 	})
 	if runs != 3 || strings.Join(panicked, " ") != "sums sums" {
