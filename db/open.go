@@ -255,8 +255,18 @@ func (d *DB) Listen(ctx context.Context) (*pgx.Conn, error) {
 }
 
 // ConnConfig returns the configuration of a direct connection, the one of
-// Listen, for package migrations.
-func (d *DB) ConnConfig() *pgx.ConnConfig { return d.listener.current() }
+// Listen, for package migrations. Hosts that were asked come in the order in
+// which they are to be tried.
+func (d *DB) ConnConfig() *pgx.ConnConfig {
+	cfg := d.listener.current()
+	d.lookout.arrange(cfg)
+	return cfg
+}
+
+// Look asks all hosts of the connection strings where they stand, if that was
+// not done yet, so that ConnConfig leads to the newest one and past those that
+// do not answer.
+func (d *DB) Look(ctx context.Context) error { return d.lookout.ready(ctx) }
 
 // Resets returns how often the pool has given up all of its connections.
 func (d *DB) Resets() int64 { return d.generation.Load() }

@@ -51,6 +51,9 @@ func (c *configuration) connectDatabase(ctx context.Context) (*pgx.Conn, error) 
 		return nil, err
 	}
 	defer database.Close()
+	if err := database.Look(ctx); err != nil {
+		return nil, err
+	}
 	conn, err := pgx.ConnectConfig(ctx, database.ConnConfig())
 	if err != nil {
 		return nil, err

@@ -35,6 +35,9 @@ func (a *app) onDatabase(do func(ctx context.Context, database *pgx.ConnConfig) 
 			return err
 		}
 		defer database.Close()
+		if err := database.Look(cmd.Context()); err != nil {
+			return err
+		}
 		err = do(cmd.Context(), database.ConnConfig())
 		if hint := db.PoolerHint(err); hint != "" {
 			return fmt.Errorf("%w (%s)", err, hint)

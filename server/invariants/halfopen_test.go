@@ -2,12 +2,14 @@ package invariants
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -200,6 +202,23 @@ func TestAFrozenHostHidesNobody(t *testing.T) {
 	t.Logf("a fresh replica serves after %v", time.Since(start))
 	if got := fresh.DB.Timeline(); got != 2 {
 		t.Errorf("the fresh replica is on timeline %d, want 2", got)
+	}
+	// So do commands and migrations, whose connections are their own.
+	start = time.Now()
+	command := open(t, dbtest.ConnString(primary.Addr(), standby.Addr()))
+	if err := command.Look(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := pgx.ConnectConfig(t.Context(), command.ConnConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = conn.Close(t.Context())
+	if took := time.Since(start); took > 4*time.Second {
+		t.Errorf("a command connects after %v", took)
+	}
+	if got, want := net.JoinHostPort(command.ConnConfig().Host, fmt.Sprint(command.ConnConfig().Port)), standby.Addr(); got != want {
+		t.Errorf("a command goes to %s first, want %s, the newer one", got, want)
 	}
 	stop()
 	for range w.replicas {
