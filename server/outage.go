@@ -14,7 +14,7 @@ const (
 	// outageInterval is how often an outage of the database is mentioned while it lasts.
 	outageInterval = time.Minute
 	// outageQuiet is how long nothing may fail until an outage is over that the feed has noticed, and outageQuietElse that of
-	// another one: a server that takes no writes, say, of which only those hear who write.
+	// another one: a single connection that breaks, say.
 	outageQuiet     = time.Second
 	outageQuietElse = time.Minute
 )
@@ -27,7 +27,7 @@ type outage struct {
 
 	mu      sync.Mutex // protects what follows
 	begun   time.Time  // zero while all is well
-	latest  time.Time  // failure
+	latest  time.Time  // when something failed, or the feed could not read
 	said    time.Time  // latest line
 	unsaid  int        // lines that were left out since
 	all     int        // since it began
@@ -65,7 +65,9 @@ func (o *outage) look(ctx context.Context, feed error) {
 		o.mu.Unlock()
 		return
 	}
-	o.noticed = o.noticed || feed != nil
+	if feed != nil {
+		o.noticed, o.latest = true, now
+	}
 	quiet := outageQuietElse
 	if o.noticed {
 		quiet = outageQuiet
@@ -118,6 +120,9 @@ func (h *outageHandler) Handle(ctx context.Context, record slog.Record) error {
 	})
 	if reason == nil {
 		return h.Handler.Handle(ctx, record)
+	}
+	if db.IsReadOnly(reason) || db.IsDiskFull(reason) { // no outage: reads and streams go on, as writingWatch says
+		return nil
 	}
 	h.outage.note(ctx, reason)
 	return nil

@@ -9,10 +9,12 @@ import (
 	"io"
 	"log/slog"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/jackc/pgerrcode"
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
@@ -61,6 +63,27 @@ func TestOutageIsSaidOnce(t *testing.T) {
 		outage.look(context.Background(), nil)
 		outage.look(context.Background(), nil)
 		want("at last", lines(), over)
+
+		// A request says so when it begins, and then nobody asks for anything.
+		logger.Warn("a request failed", "error", down)
+		for range 100 {
+			outage.look(context.Background(), down)
+			time.Sleep(100 * time.Millisecond)
+		}
+		time.Sleep(outageQuiet)
+		outage.look(context.Background(), nil)
+		if said := log.String(); !strings.Contains(said, `"after":9900000000`) {
+			t.Errorf("an outage of 10 s: logged %s", said)
+		}
+		log.Reset()
+
+		// A server that takes no writes is no outage, and somebody else says it.
+		for _, code := range []string{pgerrcode.ReadOnlySQLTransaction, pgerrcode.DiskFull} {
+			logger.Warn("a write failed", "error", &pgconn.PgError{Code: code, Severity: "ERROR"})
+			time.Sleep(2 * outageQuietElse)
+			outage.look(context.Background(), nil)
+			want(code, lines())
+		}
 
 		// One connection that breaks, which the feed does not notice.
 		logger.Warn("a request failed", "error", down)
