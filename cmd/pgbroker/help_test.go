@@ -20,6 +20,9 @@ func TestHelpFits(t *testing.T) {
 			text := helpText(cmd, width)
 			_, rest, _ := strings.Cut(text, "\nExamples:\n")
 			examples, _, _ := strings.Cut(rest, "\n\n")
+			if strings.Contains(examples, `\\`) {
+				t.Errorf("%s: an example for a shell has a backslash that is doubled: %q", cmd.CommandPath(), examples)
+			}
 			for line := range strings.Lines(text) {
 				line = strings.TrimSuffix(line, "\n")
 				if columnsOf(line) > max(width, 80) || columnsOf(line) > width && !strings.Contains(examples, line) {
