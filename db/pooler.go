@@ -164,11 +164,11 @@ func (d *DB) releasePooled(conn *pgxpool.Conn) {
 // Query runs a statement. It hides that of the pool, as the others below do, for the sake of poolers.
 func (d *DB) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
 	if d.pooler == nil {
-		return d.Pool.Query(ctx, sql, args...)
+		return d.Pool.Query(ctx, sql, args...) //nolint:rowserrcheck // the caller reads them
 	}
 	rows, err := d.queryPooled(ctx, sql, args) //nolint:rowserrcheck // the caller reads them
 	if err != nil {
-		return failedRows{err: err}, err //nolint:rowserrcheck // there are none
+		return failedRows{err: err}, err
 	}
 	return rows, nil
 }
@@ -187,7 +187,7 @@ func (d *DB) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandT
 	if d.pooler == nil {
 		return d.Pool.Exec(ctx, sql, args...)
 	}
-	rows, err := d.queryPooled(ctx, sql, args) //nolint:rowserrcheck // their error is returned
+	rows, err := d.queryPooled(ctx, sql, args)
 	if err != nil {
 		return pgconn.CommandTag{}, err
 	}

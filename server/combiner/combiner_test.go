@@ -245,7 +245,9 @@ func TestABatchOutlivesItsCallers(t *testing.T) {
 		t.Fatalf("batch %v, want who came meanwhile", got)
 	}
 	g.proceed <- struct{}{}
-	<-ran
+	if err := <-ran; err != nil {
+		t.Fatalf("the batch after it: %v", err)
+	}
 	if got := <-second; got != (result{Value: 4}) {
 		t.Fatalf("result %+v", got)
 	}
