@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -16,11 +17,15 @@ import (
 	"pgbroker/server/servertest"
 )
 
-// lowAddress returns an address that only root can bind, and that is free at the moment.
+// lowPort is the last port that lowAddress has looked at: tests that run side by side get different ones.
+var lowPort atomic.Int64
+
+// lowAddress returns an address that only root can bind, that is free at the moment, and that no other test gets.
 func lowAddress(t *testing.T) string {
 	t.Helper()
-	for port := 1023; port > 600; port-- {
-		if l, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(port)); err == nil {
+	lowPort.CompareAndSwap(0, 1024)
+	for port := lowPort.Add(-1); port > 600; port = lowPort.Add(-1) {
+		if l, err := net.Listen("tcp", "127.0.0.1:"+strconv.FormatInt(port, 10)); err == nil {
 			l.Close()
 			return l.Addr().String()
 		}
